@@ -1,0 +1,204 @@
+"""What happens beside the training loop: metrics, the kNN monitor, checkpoints, the progress line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from mocosfl.errors import RunError
+from mocosfl.run import Run
+from mocosfl.trainer import Callback, Trainer
+
+SECONDS_BETWEEN_LINES = 15
+"""Where there is no terminal to draw on, a plain line of progress is printed this often."""
+
+
+class MetricsLog(Callback):
+    """Averages the metrics over ``train.log_every`` steps and writes them to metrics.jsonl and TensorBoard."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+        self.seconds = 0.0  # of training, over all resumes
+
+    def before_training(self, trainer: Trainer) -> None:
+        """Open the log where the run stands."""
+        self.run.rewind_metrics(-1 if self.run.latest_step is None else trainer.step)
+        self.writer = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=trainer.step)
+        self.last = time.monotonic()
+        self.last_step = trainer.step
+
+    def after_step(self, trainer: Trainer, metrics: dict[str, Tensor]) -> None:
+        """Add to the sums; every so many steps, write their means."""
+        for name, value in metrics.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+        self.count += 1
+        if trainer.step % trainer.config.train.log_every == 0 or trainer.step == trainer.steps:
+            trainer.check()
+            elapsed = self._tick()
+            means = {name: float(total) / self.count for name, total in self.sums.items()}
+            server_lr, client_lr = trainer.learning_rates()
+            images = (trainer.step - self.last_step) * trainer.config.step_images
+            means |= {
+                "server_lr": server_lr,
+                "client_lr": client_lr,
+                "images_per_second": images / max(elapsed, 1e-9),
+            }
+            self.last_step = trainer.step
+            self.sums, self.count = {}, 0
+            self.write(trainer, means)
+
+    def write(self, trainer: Trainer, values: dict[str, float]) -> None:
+        """Write values at the trainer's step, everywhere."""
+        self._tick()
+        trainer.latest |= values
+        record = {"step": trainer.step, "epoch": round(trainer.epoch, 4), "seconds": round(self.seconds, 2)}
+        self.run.log(record | values)
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, trainer.step)
+
+    def _tick(self) -> float:
+        now = time.monotonic()
+        elapsed, self.last = now - self.last, now
+        self.seconds += elapsed
+        return elapsed
+
+    def after_training(self, trainer: Trainer) -> None:
+        """Close the log."""
+        self.writer.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums under way and the seconds spent."""
+        return {"sums": self.sums, "count": self.count, "seconds": self.seconds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state_dict``'s result."""
+        self.sums, self.count, self.seconds = dict(state["sums"]), state["count"], state["seconds"]
+
+
+class Monitor(Callback):
+    """kNN accuracy on the held-out images, before the first step, every ``evaluation.every`` epochs, and at the end.
+
+    Args:
+        log: where the accuracy is written.
+        knn: computes it, in percent, with the clients' average half.
+    """
+
+    def __init__(self, log: MetricsLog, knn: Callable[[], float]) -> None:
+        self.log, self.knn = log, knn
+
+    def before_training(self, trainer: Trainer) -> None:
+        """Measure the untrained encoder."""
+        if "knn" not in trainer.latest:
+            self._measure(trainer)
+
+    def after_step(self, trainer: Trainer, metrics: dict[str, Tensor]) -> None:
+        """Measure when it is time."""
+        if trainer.every(trainer.config.evaluation.every) or trainer.step == trainer.steps:
+            trainer.check()
+            self._measure(trainer)
+
+    def _measure(self, trainer: Trainer) -> None:
+        self.log.write(trainer, {"knn": self.knn()})
+
+
+class Checkpoints(Callback):
+    """Writes the whole state every ``train.checkpoint_every`` steps, at the end, and when the run is asked to stop."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def before_training(self, trainer: Trainer) -> None:
+        """Keep the state at the start too: then there is always one to go on from."""
+        if self.run.latest_step is None:
+            self._save(trainer)
+
+    def after_step(self, trainer: Trainer, metrics: dict[str, Tensor]) -> None:
+        """Save when it is time."""
+        due = trainer.step % trainer.config.train.checkpoint_every == 0
+        if due or trainer.stop or trainer.step == trainer.steps:
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.check()
+        try:
+            self.run.save_checkpoint(trainer.step, trainer.state_dict())
+        except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
+            kept = self.run.latest_step
+            raise RunError(
+                f"cannot write a checkpoint to {self.run.checkpoints}: {error}; "
+                + (f"the one of step {kept} is safe" if kept is not None else "there is none yet")
+            ) from error
+
+
+class ProgressLine(Callback):
+    """One live line: epoch, step, images/s, loss, contrast accuracy, last kNN, time left."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.printed = time.monotonic()
+
+    def before_training(self, trainer: Trainer) -> None:
+        """Start drawing."""
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            _Facts(trainer),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("training", total=trainer.steps, completed=trainer.step)
+        self.bar.start()
+
+    def after_step(self, trainer: Trainer, metrics: dict[str, Tensor]) -> None:
+        """Move the bar."""
+        self.bar.update(self.task, completed=trainer.step)
+        due = time.monotonic() - self.printed > SECONDS_BETWEEN_LINES or trainer.step == trainer.steps
+        if not self.console.is_terminal and due:
+            self.printed = time.monotonic()
+            self.console.print(_facts(trainer), highlight=False, soft_wrap=True)
+
+    def after_training(self, trainer: Trainer) -> None:
+        """Stop drawing."""
+        self.bar.stop()
+
+    def close(self) -> None:
+        """Stop drawing, also after an error."""
+        if hasattr(self, "bar"):
+            self.bar.stop()
+
+
+class _Facts(ProgressColumn):
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__()
+        self.trainer = trainer
+
+    def render(self, task: Task) -> Text:
+        return Text(_facts(self.trainer))
+
+
+def _facts(trainer: Trainer) -> str:
+    """The latest figures in one line; those not known yet are left out."""
+    latest = trainer.latest
+    facts = [
+        f"epoch {trainer.epoch:.1f}/{trainer.config.train.epochs:g}",
+        f"step {trainer.step}/{trainer.steps}",
+    ]
+    for name, text in (
+        ("images_per_second", "{:.0f} images/s"),
+        ("loss", "loss {:.3f}"),
+        ("contrast_accuracy", "contrast {:.1%}"),
+        ("knn", "kNN {:.1f} %"),
+    ):
+        if name in latest:
+            facts.append(text.format(latest[name]))
+    return "  ".join(facts)

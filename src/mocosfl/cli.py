@@ -1,0 +1,229 @@
+"""The command ``mocosfl``: each sub-command parses, calls one function, and prints."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from mocosfl.config import Config
+from mocosfl.errors import MocosflError
+from mocosfl.recipes import RECIPES, recipe
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+console = Console()
+errors = Console(stderr=True)
+
+Settings = Annotated[Config, tyro.conf.arg(name="")]
+
+
+@dataclass
+class TrainArguments:
+    """Train an encoder. RECIPE is a name from `mocosfl recipes` (default: digits) or a YAML file."""
+
+    config: Settings
+    out: Path | None = None
+    """Run folder. Unset: runs/RECIPE-DATE-TIME."""
+    resume: Path | None = None
+    """Go on with this run folder from its last checkpoint, with its own settings."""
+    overwrite: bool = False
+    """Delete the run in the folder first."""
+
+
+@dataclass
+class EvaluateArguments:
+    """kNN before and after training, and linear probe, on the test set of a finished run."""
+
+    run: tyro.conf.Positional[Path]
+    """The run folder."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto."""
+
+
+@dataclass
+class PartitionArguments:
+    """Print and draw how the images of a recipe are spread over its clients."""
+
+    config: Settings
+    out: Path = Path("partition.png")
+    """Picture to write."""
+
+
+def _base(args: Sequence[str]) -> tuple[Config, list[str]]:
+    """The configuration that the flags change, and the flags: a recipe, a YAML file, or a run to resume."""
+    rest = list(args)
+    given = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    if given is not None:
+        return (Config.from_yaml(given) if given.endswith((".yaml", ".yml")) else recipe(given)), rest
+    for place, word in enumerate(rest):
+        folder = word.partition("=")[2] if word.startswith("--resume=") else None
+        if word == "--resume" and place + 1 < len(rest):
+            folder = rest[place + 1]
+        if folder is not None:
+            from mocosfl.run import Run
+
+            return Run.open(folder).config, rest
+    return recipe("digits"), rest
+
+
+def _train(args: Sequence[str]) -> int:
+    config, flags = _base(args)
+    given = tyro.cli(
+        TrainArguments,
+        prog="mocosfl train [RECIPE]",
+        args=flags,
+        default=TrainArguments(config),
+    )
+    from mocosfl.experiment import train
+
+    if given.resume is not None and (given.out is not None or given.overwrite):
+        errors.print("--resume goes on in its own folder: leave out --out and --overwrite", highlight=False)
+        return 2
+    default = Path("runs") / f"{given.config.recipe}-{datetime.now():%Y%m%d-%H%M%S}"
+    out = given.resume or given.out or default
+    result = train(given.config, out, resume=given.resume is not None, overwrite=given.overwrite, console=console)
+    if not result.finished:
+        errors.print(
+            f"stopped; everything up to here is saved. Go on with: mocosfl train --resume {result.run}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return INTERRUPTED
+    _print_figures(result.metrics)
+    console.print(f"run folder: {result.run}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _evaluate(args: Sequence[str]) -> int:
+    given = tyro.cli(EvaluateArguments, prog="mocosfl evaluate", args=args)
+    from mocosfl.experiment import evaluate
+
+    metrics = evaluate(given.run, console, given.device)
+    if not metrics:
+        console.print("no labels to evaluate with: the encoder is trained, its accuracy cannot be told")
+    _print_figures(metrics)
+    return 0
+
+
+def _print_figures(metrics: dict[str, Any]) -> None:
+    rows = [
+        ("kNN before training", "knn_untrained"),
+        ("kNN after training", "knn"),
+        ("linear probe", "linear_probe"),
+    ]
+    if not any(key in metrics for _, key in rows):
+        return
+    table = Table(title=f"{metrics['test_images']} test images, {metrics['bank_images']} training images as bank")
+    table.add_column("evaluation")
+    table.add_column("accuracy", justify="right")
+    for label, key in rows:
+        if key in metrics:
+            table.add_row(label, f"{metrics[key]:.2f} %")
+    console.print(table)
+
+
+def _recipes(args: Sequence[str]) -> int:
+    """List the recipes."""
+
+    def parsed() -> None:
+        """List the recipes: name, data, clients, model, expected time and result."""
+
+    tyro.cli(parsed, prog="mocosfl recipes", args=args)
+    table = Table()
+    for title in ("recipe", "data", "clients", "model", "time", "result"):
+        table.add_column(title, overflow="fold")
+    for name, entry in RECIPES.items():
+        c = entry.make()
+        images = f", {c.data.images:,} images" if c.data.images else ""
+        split = "IID" if c.partition.kind == "iid" else f"{c.partition.classes_per_client} classes"
+        pool = f", pool {c.pool}" if c.pool < c.clients.number else ""
+        table.add_row(
+            name,
+            c.data.source + images,
+            f"{c.clients.number:,}, {split}{pool}, batch {c.clients.batch}",
+            f"{c.model.backbone}, width {c.model.width}, cut {c.model.cut}",
+            entry.time,
+            entry.result,
+        )
+    console.print(table)
+    return 0
+
+
+def _partition(args: Sequence[str]) -> int:
+    config, flags = _base(args)
+    given = tyro.cli(
+        PartitionArguments,
+        prog="mocosfl partition [RECIPE]",
+        args=flags,
+        default=PartitionArguments(config),
+    )
+    from mocosfl.experiment import federate
+    from mocosfl.reporting.partition import draw, table
+
+    federation = federate(given.config, lambda text: console.print(text, highlight=False))
+    train = federation.splits.train
+    classes = train.classes
+    if train.labels is not None and classes is not None:
+        counts = federation.partition.counts(train.labels, len(classes))
+    else:
+        classes, counts = None, federation.partition.sizes[:, None]
+    console.print(table(counts, classes))
+    draw(counts, classes, given.out, f"{given.config.data.source}, {len(counts)} clients")
+    console.print(f"picture: {given.out}", highlight=False, soft_wrap=True)
+    return 0
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "train": (_train, "train an encoder, or resume a run"),
+    "evaluate": (_evaluate, "kNN and linear probe of a finished run"),
+    "recipes": (_recipes, "list the named configurations"),
+    "partition": (_partition, "print and draw the split of the images over the clients"),
+}
+
+
+def _usage() -> str:
+    lines = [f"  mocosfl {name:<10} {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(["usage: mocosfl COMMAND [OPTIONS]", "", *lines, "", "mocosfl COMMAND --help tells more."])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments after the program's name. Unset: those of this process.
+
+    Returns:
+        Exit status: 0, or 1 for an error that the message explains, 2 for wrong usage, 130 after Ctrl-C.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if args else 2
+    if args[0] == "--version":
+        from mocosfl import __version__
+
+        print(f"mocosfl {__version__}")
+        return 0
+    if args[0] not in COMMANDS:
+        near = difflib.get_close_matches(args[0], COMMANDS, n=1, cutoff=0.4)
+        errors.print(f"unknown command {args[0]}" + (f"; did you mean {near[0]}?" if near else ""), highlight=False)
+        errors.print(_usage(), highlight=False)
+        return 2
+    try:
+        return COMMANDS[args[0]][0](args[1:])
+    except MocosflError as error:
+        errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        errors.print("interrupted", highlight=False)
+        return INTERRUPTED

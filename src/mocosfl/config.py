@@ -1,0 +1,377 @@
+"""Every setting of a run: typed, validated, unknown keys rejected; to and from YAML.
+
+Settings are grouped by the part that reads them. Defaults are the published ones (Li et al., MocoSFL, ICLR 2023)
+unless the sentence beside a setting says otherwise.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mocosfl.errors import SettingError
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseModel):
+    """A group of settings: immutable, and strict about unknown names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    group: ClassVar[str] = ""
+    """Name of the group, in front of its settings."""
+
+    def __init__(self, **values: Any) -> None:
+        """Validate settings.
+
+        Raises:
+            SettingError: names the setting, the value found and what would be accepted.
+        """
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise SettingError(_explain(error, self.group)) from error
+
+
+class DataSettings(Settings):
+    """Where the images come from and how they are decoded."""
+
+    group = "data"
+
+    source: str = "digits"
+    """digits, cifar10, cifar100, svhn, stl10, tiny-imagenet, any Hugging Face hub id, a parquet file or folder,
+    or a folder of images (class sub-folders, or flat and unlabelled)."""
+    size: Annotated[int, Field(ge=4, le=512)] | None = None
+    """Height and width in pixels. Unset: the size of the first image, at most 224. Others are resized and cropped."""
+    channels: Literal[1, 3] = 3
+    """3 for colour, 1 for grey. Images of the other kind are converted, and the run says so."""
+    images: Count | None = None
+    """Use this many training images, drawn in equal numbers from every class. Unset: all."""
+    train_split: str = "train"
+    """Name of the training split, in hub ids and local folders."""
+    test_split: str | None = None
+    """Name of the test split. Unset: test, validation, valid or val, whichever exists first."""
+    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the images set aside as test set, class by class, where the source has no test split."""
+    held_out: Share = 0.05
+    """Share of the training images that no client holds: the queries of the kNN monitor during training."""
+    image_column: str | None = None
+    """Column of the images. Unset: the one column that holds images."""
+    label_column: str | None = None
+    """Column of the labels. Unset: label, labels, fine_label or the one class column."""
+    skip_corrupt: bool = False
+    """Leave out images that cannot be decoded, and count them. Off: the first one ends the run, with its path."""
+    memory: Annotated[float, Field(gt=0)] = 8.0
+    """GiB of decoded images kept in memory. A larger set is read from the cache on disk, step by step."""
+
+
+class PartitionSettings(Settings):
+    """How the training images are spread over the clients."""
+
+    group = "partition"
+
+    kind: Literal["iid", "classes", "dirichlet"] = "classes"
+    """iid: equal random pieces. classes: a fixed number of classes a client, equal volume (the paper's non-IID).
+    dirichlet: each class is spread in proportions drawn from a symmetric Dirichlet distribution."""
+    classes_per_client: Count = 2
+    """Classes that one client holds, with kind classes."""
+    alpha: Annotated[float, Field(gt=0)] = 0.5
+    """Concentration of kind dirichlet: the smaller, the more one-sided the clients."""
+
+
+class AugmentSettings(Settings):
+    """How the two views of an image are made. Unset values are the policy's."""
+
+    group = "augment"
+
+    policy: Literal["v1", "v2"] = "v2"
+    """MoCo's published augmentation, version 1 or 2."""
+    crop_scale: tuple[Probability, Probability] | None = None
+    """Least and greatest share of the image's area that a random crop keeps."""
+    brightness: Annotated[float, Field(ge=0)] | None = None
+    """Brightness is multiplied by a factor from [max(0, 1 - x), 1 + x]."""
+    contrast: Annotated[float, Field(ge=0)] | None = None
+    """Contrast, likewise."""
+    saturation: Annotated[float, Field(ge=0)] | None = None
+    """Saturation, likewise."""
+    hue: Annotated[float, Field(ge=0, le=0.5)] | None = None
+    """Hue is turned by a share of the colour circle from [-x, x]."""
+    jitter_p: Probability | None = None
+    """Probability of the colour jitter (the four above, in random order)."""
+    grey_p: Probability | None = None
+    """Probability of turning grey."""
+    blur_p: Probability | None = None
+    """Probability of the Gaussian blur."""
+    blur_sigma: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = None
+    """Least and greatest standard deviation of the blur, in pixels."""
+    flip_p: Probability | None = None
+    """Probability of a horizontal flip."""
+
+    @model_validator(mode="after")
+    def _ranges_ascend(self) -> Self:
+        for name in ("crop_scale", "blur_sigma"):
+            value = getattr(self, name)
+            if value is not None and value[0] > value[1]:
+                raise ValueError(f"augment.{name}={list(value)}: the first number must not exceed the second")
+        if self.crop_scale is not None and self.crop_scale[1] == 0:
+            raise ValueError(f"augment.crop_scale={list(self.crop_scale)}: a crop must keep some of the image")
+        return self
+
+
+class ModelSettings(Settings):
+    """The backbone, where it is cut, and the projection head."""
+
+    group = "model"
+
+    backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
+    """Residual network of He et al. (2016)."""
+    width: Annotated[int, Field(ge=4, multiple_of=4)] = 64
+    """Channels of the stem; every stage scales with it. Published: 64."""
+    stem: Literal["32", "64", "224"] | None = None
+    """Stem for images of this size: 32 is 3x3 stride 1, 64 is 3x3 stride 2, 224 is 7x7 stride 2; no max-pool but
+    in 224. Unset: by the size of the images (up to 48, up to 128, larger)."""
+    cut: Count = 1
+    """Convolutions on the client: 1 is the stem (MocoSFL-1), 3 adds the first basic block (MocoSFL-3), and so on."""
+    bottleneck: str = "none"
+    """Pair of convolutions around the cut: none, or CxSy for x channels at stride y, such as C4S2."""
+    client_norm: Literal["group", "batch"] = "group"
+    """Normalisation in the client half: group (GroupNorm and weight standardisation) or batch."""
+    server_norm: Literal["group", "batch"] = "group"
+    """Normalisation in the server half. batch sees the concatenated batch of all clients."""
+    head: Literal["v1", "small", "v2", "large"] = "v2"
+    """Projection head: v1 is linear to 128; small linear to 512; v2 1024-1024 with ReLU; large 4096-2048 with
+    BatchNorm and ReLU."""
+
+
+class ContrastSettings(Settings):
+    """The contrast on the server (MoCo)."""
+
+    group = "contrast"
+
+    queue: Count = 6000
+    """K: keys in the server's queue."""
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    """T of the InfoNCE loss."""
+    momentum: Annotated[float, Field(ge=0, le=1)] = 0.99
+    """tau: the momentum copies keep this share of themselves each step."""
+    symmetric: bool = True
+    """Contrast the two views both ways, and sum the losses (MoCo v2 as published in the paper)."""
+    both_views: bool = False
+    """Let both views train the client half. Doubles what a client computes and sends; needs symmetric."""
+    feature_sharing: bool = True
+    """One queue for all clients. Off: every client's keys are its own only negatives, K / N keys each."""
+
+    @model_validator(mode="after")
+    def _both_views_needs_symmetric(self) -> Self:
+        if self.both_views and not self.symmetric:
+            raise ValueError(
+                "contrast.both_views=True: only the symmetric loss uses both views; set contrast.symmetric=True too"
+            )
+        return self
+
+
+class ClientSettings(Settings):
+    """The simulated clients."""
+
+    group = "clients"
+
+    number: Count = 100
+    """N: clients, all with images of their own."""
+    pool: Count | None = None
+    """Clients active in a round, drawn at random for each round. Unset: all."""
+    round: Count | None = None
+    """Steps of a round. Unset: as many as a pass over the average client's images takes."""
+    batch: Count = 1
+    """B: images of one client in one step."""
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of the client halves. Unset: the server's."""
+    lr_scale: Literal["per_client_mean", "batch_mean"] = "per_client_mean"
+    """per_client_mean: a client descends the mean loss of its own images. batch_mean: its share of the mean over the
+    concatenated batch (as published), which is as many times smaller as there are clients in the pool."""
+    keep_optimizer: bool = False
+    """Keep a client's SGD momentum while it is outside the pool. Off: it starts from zero when it comes back."""
+
+
+class SyncSettings(Settings):
+    """Averaging of the client halves."""
+
+    group = "sync"
+
+    every: Annotated[int, Field(ge=0)] = 50
+    """Steps between two averages; 0: only where a round or the run ends."""
+    momentum: bool = True
+    """Average the momentum copies too (MonAcoSFL, 2024). Off, as published, they are left as they are."""
+
+
+class TrainSettings(Settings):
+    """The run."""
+
+    group = "train"
+
+    epochs: Annotated[float, Field(gt=0)] = 200
+    """Images to see, in multiples of the training set."""
+    lr: Annotated[float, Field(gt=0)] = 0.06
+    """Learning rate of the server half, at its peak."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """SGD momentum of server and clients."""
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """Weight decay of server and clients."""
+    warmup: Annotated[float, Field(ge=0)] = 0
+    """Epochs over which the learning rates rise from zero; from there they fall to zero along a cosine."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: the networks run under bfloat16 autocast; weights, loss and queue stay fp32."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto: the fastest that this machine has."""
+    log_every: Count = 10
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every: Count = 200
+    """Steps between two checkpoints."""
+
+
+class EvaluationSettings(Settings):
+    """The kNN monitor, and kNN and linear probe at the end."""
+
+    group = "evaluation"
+
+    every: Annotated[float, Field(ge=0)] = 1
+    """Epochs between two kNN monitors on the held-out images; 0: only before the first step and after the last."""
+    monitor_bank: Count = 5000
+    """Training images in the monitor's bank, at most. The kNN at the end uses all of them."""
+    k: Count = 200
+    """Neighbours of the weighted kNN."""
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    """T of the kNN's weights, exp(similarity / T)."""
+    probe_epochs: Annotated[int, Field(ge=0)] = 100
+    """Epochs of the linear probe; 0: no probe."""
+    probe_lr: Annotated[float, Field(gt=0)] = 0.1
+    """Learning rate of the linear probe at its start; it falls to zero along a cosine."""
+    batch: Count = 500
+    """Images in one batch of feature extraction."""
+
+
+class Config(Settings):
+    """A whole run."""
+
+    recipe: str = "custom"
+    """Name that the run goes by in its folder and figures."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """One seed, one result."""
+    data: DataSettings = DataSettings()
+    partition: PartitionSettings = PartitionSettings()
+    augment: AugmentSettings = AugmentSettings()
+    model: ModelSettings = ModelSettings()
+    contrast: ContrastSettings = ContrastSettings()
+    clients: ClientSettings = ClientSettings()
+    sync: SyncSettings = SyncSettings()
+    train: TrainSettings = TrainSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> Self:
+        clients, contrast, model = self.clients, self.contrast, self.model
+        if clients.pool is not None and clients.pool > clients.number:
+            raise ValueError(f"clients.pool={clients.pool}: there are {clients.number} clients (clients.number)")
+        if model.client_norm == "batch" and clients.batch == 1:
+            raise ValueError(
+                "model.client_norm=batch: BatchNorm has nothing to average over at clients.batch=1; "
+                "use model.client_norm=group or a larger batch"
+            )
+        if not contrast.feature_sharing and contrast.queue < clients.number:
+            raise ValueError(
+                f"contrast.queue={contrast.queue}: without feature sharing each of the {clients.number} clients "
+                "needs at least one key of its own"
+            )
+        if self.train.warmup >= self.train.epochs:
+            raise ValueError(
+                f"train.warmup={self.train.warmup:g}: must be shorter than train.epochs={self.train.epochs:g}"
+            )
+        return self
+
+    @property
+    def pool(self) -> int:
+        """Clients active in a round."""
+        return self.clients.pool or self.clients.number
+
+    @property
+    def step_images(self) -> int:
+        """Images of one step, over all active clients."""
+        return self.pool * self.clients.batch
+
+    def to_yaml(self) -> str:
+        """All settings, defaults included."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Config:
+        """Read a configuration; settings left out take their defaults.
+
+        Raises:
+            SettingError: the file is missing, is not YAML, or a setting is unknown or not accepted.
+        """
+        path = Path(path)
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SettingError(f"cannot read the configuration {path}: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise SettingError(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(values, dict | None):
+            raise SettingError(f"{path}: expected settings by name, found {type(values).__name__}")
+        return cls(**(values or {}))
+
+    def updated(self, changes: dict[str, Any]) -> Config:
+        """A copy with some settings changed, by dotted name: ``config.updated({"clients.batch": 2})``.
+
+        Raises:
+            SettingError: names the setting, the value found and what would be accepted.
+        """
+        values = self.model_dump()
+        for name, value in changes.items():
+            *groups, last = name.split(".")
+            target = values
+            for group in groups:
+                if not isinstance(target.get(group), dict):
+                    raise SettingError(f"unknown setting {name}{_nearest(name)}")
+                target = target[group]
+            target[last] = value
+        return Config(**values)
+
+
+def setting_names(settings: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """All settings by dotted name."""
+    names = []
+    for name, field in settings.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Settings):
+            names += setting_names(kind, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def _nearest(name: str) -> str:
+    near = difflib.get_close_matches(name, setting_names(), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _explain(error: ValidationError, group: str) -> str:
+    """Turn pydantic's report into one line a setting: name, value found, what is accepted."""
+    lines = []
+    for item in error.errors():
+        parts = [group, *(part for part in item["loc"] if isinstance(part, str) and "[" not in part)]
+        name = ".".join(part for part in parts if part)
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown setting {name}{_nearest(name)}")
+        elif item["type"] == "value_error":  # our own rules name their settings
+            lines += str(item["ctx"]["error"]).splitlines()
+        else:
+            message = item["msg"]
+            lines.append(f"{name}={item['input']!r}: {message[0].lower()}{message[1:]}")
+    return "\n".join(dict.fromkeys(lines))

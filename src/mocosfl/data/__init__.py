@@ -1,0 +1,1 @@
+"""Images: sources, partition over clients, per-client sampling, batched augmentation."""

@@ -1,0 +1,270 @@
+"""From the name of a source to decoded images: find it, choose its splits, decode once, divide."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import PIL
+from numpy.typing import NDArray
+
+from mocosfl.config import DataSettings
+from mocosfl.data.cache import Decoded, cached, pixels_file, root, store
+from mocosfl.data.decode import Item, Split, Undecoded, decode, first_size
+from mocosfl.data.folders import TEST_SPLITS, local_splits
+from mocosfl.data.images import ImageSet
+from mocosfl.data.tables import hub_splits
+from mocosfl.errors import DataError, SettingError
+
+HUBS = {
+    "cifar10": "uoft-cs/cifar10",
+    "cifar100": "uoft-cs/cifar100",
+    "svhn": "ufldl-stanford/svhn",
+    "stl10": "tanganke/stl10",
+    "tiny-imagenet": "zh-plus/tiny-imagenet",
+}
+"""Short names of data sets on the Hugging Face hub."""
+
+CONFIGS = {"ufldl-stanford/svhn": "cropped_digits"}
+"""Configuration to use of the data sets that have several."""
+
+# "test" and "imgs": they keep these draws apart from each other and from all others of the same seed.
+_TEST_STREAM, _IMAGES_STREAM = 0x74657374, 0x696D6773
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The images of a source.
+
+    Attributes:
+        train: the training split.
+        test: the test split; None where the source has none, and no labels to make one by.
+    """
+
+    train: ImageSet
+    test: ImageSet | None
+
+
+def load(settings: DataSettings, seed: int, say: Callable[[str], None] = print) -> Splits:
+    """Decode the images of a source, or open them in the cache.
+
+    ``digits`` and the names in ``HUBS`` mean the same everywhere; a folder of such a name is ``./cifar10``.
+    Any other source is a path, if there is one, and else a hub id.
+
+    Args:
+        settings: what to load.
+        seed: of the images set aside for test, and of those drawn where ``data.images`` is set.
+        say: told, in one line each, what was converted, left out or could not be done.
+
+    Returns:
+        Both splits, of the same image shape and the same classes; in memory if they fit into ``data.memory``
+        together, else memmaps of the cache.
+
+    Raises:
+        DataError: the source is missing, empty, damaged or unreachable.
+        SettingError: a split, a column or more images are asked for than there are.
+    """
+    splits = _find(settings, say)
+    chosen = _choose(splits, settings)
+    make = partial(_decode, [split.read for split in chosen], settings, say)
+    if settings.source == "digits":
+        decoded = make(None)
+    else:
+        names = {"size", "channels", "image_column", "label_column", "skip_corrupt"}
+        key = [[split.stamp for split in chosen], settings.model_dump(include=names), PIL.__version__]
+        decoded = cached(key, make, say)
+    for line in decoded.said:
+        say(line)
+    return _divide(decoded, settings, seed, say)
+
+
+def _find(settings: DataSettings, say: Callable[[str], None]) -> dict[str, Split]:
+    """The source's splits by name."""
+    source = settings.source
+    if source == "digits":
+        return {"train": Split("digits", _digits)}
+    path = Path(os.path.expanduser(source))
+    if source and source not in HUBS and os.path.exists(path):
+        return local_splits(path, settings, say)
+    hub = HUBS.get(source, source)
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", hub):
+        return hub_splits(hub, CONFIGS.get(hub), settings)
+    if re.search(r"[/\\]|^~|\.parquet$", source):
+        raise DataError(f"data.source={source}: there is no such file or folder")
+    known = ["digits", *HUBS]
+    near = difflib.get_close_matches(source, known, n=1)
+    raise SettingError(
+        f"data.source={source}: there is no such file, folder or data set"
+        + (f"; did you mean {near[0]}? " if near else "; ")
+        + f"Accepted are {', '.join(known)}, owner/name of a data set on the Hugging Face hub, a parquet "
+        "file, and a folder of parquet files or of images"
+    )
+
+
+def _digits() -> Undecoded:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    items: list[Item] = [(f"digit {index}", image) for index, image in enumerate(images)]
+    return Undecoded(len(items), lambda: iter(items), digits.target.tolist(), tuple(map(str, digits.target_names)))
+
+
+def _choose(splits: dict[str, Split], settings: DataSettings) -> list[Split]:
+    """The training split and, where there is one, the test split."""
+    train, test = settings.train_split, settings.test_split
+    for setting, name in (("train_split", train), ("test_split", test)):
+        if name is not None and name not in splits:
+            raise SettingError(
+                f"data.{setting}={name}: there is no such split in data.source={settings.source}, "
+                f"which has {', '.join(splits)}"
+            )
+    if test is None:
+        test = next((name for name in TEST_SPLITS if name in splits and name != train), None)
+    elif test == train:
+        raise SettingError(f"data.test_split={test}: that is the training split, data.train_split, too")
+    return [splits[name] for name in (train, test) if name is not None]
+
+
+def _decode(
+    reads: list[Callable[[], Undecoded]],
+    settings: DataSettings,
+    say: Callable[[str], None],
+    folder: Path | None,
+) -> Decoded:
+    """Decode the splits into a folder, or into memory."""
+    splits = [read() for read in reads]
+    total = sum(split.count for split in splits)
+    if not all(split.count for split in splits):
+        raise DataError(f"data.source={settings.source}: a split holds no images")
+    if folder is not None:
+        say(f"data: decoding {total:,} images; they are kept in {root()} for later runs")
+    numbers, classes, said = _number(splits)
+    size = settings.size or first_size(splits[0].items(), settings.skip_corrupt)
+    shape = (settings.channels, size, size)
+    notes: Counter[str] = Counter()
+    pixels, labels = [], []
+    for index, (split, all_labels) in enumerate(zip(splits, numbers, strict=True)):
+        chunks = decode(split.items(), size, settings.channels, settings.skip_corrupt, notes)
+        path = pixels_file(folder, index) if folder else None
+        decoded, kept = store(chunks, split.count, shape, path)
+        if not len(decoded):
+            raise DataError(f"data.source={settings.source}: not one image of a split can be decoded")
+        pixels.append(decoded)
+        labels.append(None if all_labels is None else all_labels[kept])
+    said += [f"data: {count:,} of {total:,} images {note}" for note, count in sorted(notes.items())]
+    return Decoded(pixels, labels, classes, said)
+
+
+def _number(
+    splits: list[Undecoded],
+) -> tuple[list[NDArray[np.int64] | None], tuple[str, ...] | None, list[str]]:
+    """Number the classes in the same way in all splits.
+
+    Returns:
+        For each split its labels as numbers, or None; the names of all classes; and what there is to say.
+    """
+    labelled = [split for split in splits if split.labels is not None]
+    if not labelled:
+        return [None] * len(splits), None, []
+    classes = labelled[0].names
+    if classes is not None and all(split.names == classes for split in labelled):
+        numbers = [np.array(split.labels, dtype=np.int64) for split in labelled]
+    else:
+        names = [_names(split) for split in labelled]
+        found, joined = np.unique(np.concatenate(names), return_inverse=True)
+        numbers = np.split(joined, np.cumsum([len(piece) for piece in names])[:-1])
+        classes = tuple(str(name) for name in found)
+    said = []
+    if len(numbers) == 2:
+        unseen = np.setdiff1d(numbers[1], numbers[0])
+        if len(unseen):
+            alone = ", ".join(classes[number] for number in unseen)
+            said.append(f"data: {len(unseen)} of {len(classes)} classes are in the test split alone ({alone})")
+    rest = iter(numbers)
+    return [None if split.labels is None else next(rest) for split in splits], classes, said
+
+
+def _names(split: Undecoded) -> NDArray:
+    labels = split.labels or []
+    return np.array(labels if split.names is None else [split.names[label] for label in labels])
+
+
+def _divide(decoded: Decoded, settings: DataSettings, seed: int, say: Callable[[str], None]) -> Splits:
+    """Set a test split aside where there is none, draw ``data.images``, and read into memory what fits."""
+    pixels, labels = list(decoded.pixels), list(decoded.labels)
+    rows = [np.arange(len(array)) for array in pixels]
+    if len(pixels) == 1 and labels[0] is not None:
+        aside = _test_rows(labels[0], settings.test_share, seed)
+        if len(aside):
+            pixels, labels = pixels * 2, labels * 2
+            rows = [np.setdiff1d(rows[0], aside), aside]
+    if settings.images is not None:
+        if settings.images > len(rows[0]):
+            raise SettingError(f"data.images={settings.images}: the training split has {len(rows[0]):,} images")
+        rows[0] = balanced(rows[0], labels[0], settings.images, np.random.default_rng([seed, _IMAGES_STREAM]))
+
+    gib = sum(len(r) * array[:1].nbytes for r, array in zip(rows, pixels, strict=True)) / 2**30
+    stream = gib > settings.memory and all(isinstance(array, np.memmap) for array in pixels)
+    if stream:
+        say(
+            f"data: {gib:.1f} GiB of decoded images are more than data.memory={settings.memory:g} GiB; "
+            f"they are streamed from {root()}"
+        )
+    sets = []
+    for array, numbers, part in zip(pixels, labels, rows, strict=True):
+        whole = len(part) == len(array)
+        numbers = None if numbers is None else numbers[part]
+        classes = None if numbers is None else decoded.classes
+        if stream:
+            sets.append(ImageSet(array, numbers, classes, None if whole else part))
+        else:
+            # Indexing copies, also out of a memmap; an array that is in memory whole needs no second copy.
+            held = array if whole and not isinstance(array, np.memmap) else array[part]
+            sets.append(ImageSet(held, numbers, classes))
+    return Splits(sets[0], sets[1] if len(sets) > 1 else None)
+
+
+def _shuffled_rank(labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """Place of each image in a random order of its class, (n,) int64 from 0."""
+    order = np.lexsort((rng.permutation(len(labels)), labels))
+    _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
+    rank = np.empty(len(labels), dtype=np.int64)
+    rank[order] = np.arange(len(labels)) - np.repeat(starts, sizes)
+    return rank
+
+
+def _test_rows(labels: NDArray[np.int64], share: float, seed: int) -> NDArray[np.int64]:
+    """Rows of a share of every class, rounded, but at least one image and never all of them."""
+    sizes = np.bincount(labels)
+    wanted = np.clip(np.rint(sizes * share), 1, np.maximum(sizes - 1, 0))
+    rank = _shuffled_rank(labels, np.random.default_rng([seed, _TEST_STREAM]))
+    return np.flatnonzero(rank < wanted[labels])
+
+
+def balanced(
+    rows: NDArray[np.int64], labels: NDArray[np.int64] | None, count: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Draw some rows, of every class equally many as long as it has any left.
+
+    Args:
+        rows: (n,) int64, rows to draw from.
+        labels: (at least max(rows) + 1,) int64 class number of every row; None to draw regardless of class.
+        count: rows to draw, at most n.
+        rng: source of the random choices.
+
+    Returns:
+        (count,) int64, in the order they have in ``rows``.
+    """
+    classes = np.zeros(len(rows), dtype=np.int64) if labels is None else labels[rows]
+    rank = _shuffled_rank(classes, rng)
+    # The first of each class, then the second of each, and so on; which classes give one more is drawn too.
+    order = np.lexsort((rng.permutation(classes.max(initial=0) + 1)[classes], rank))
+    return rows[np.sort(order[:count])]

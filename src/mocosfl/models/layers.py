@@ -1,0 +1,106 @@
+"""Layers that the backbones share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Norm = Literal["group", "batch"]
+CHANNELS_PER_GROUP = 4
+
+
+class WSConv2d(nn.Conv2d):
+    """Convolution whose filters are standardised to mean 0 and variance 1 before use (Qiao et al., 2019).
+
+    Beside GroupNorm it recovers what BatchNorm does for a batch too small to have statistics.
+
+    Shape: input (n, C_in, H, W), output (n, C_out, H', W').
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight  # (O, I, k, k)
+        variance, mean = torch.var_mean(w, dim=(1, 2, 3), keepdim=True)
+        return self._conv_forward(x, (w - mean) * torch.rsqrt(variance + 1e-10), self.bias)
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm with groups of 4 channels.
+
+    Raises:
+        ValueError: the channels are not a multiple of 4.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels // CHANNELS_PER_GROUP, channels)
+
+
+def conv_of(norm: Norm) -> Callable[..., nn.Conv2d]:
+    """The convolution that belongs to a norm: weight-standardised beside GroupNorm, plain beside BatchNorm."""
+    return WSConv2d if norm == "group" else nn.Conv2d
+
+
+def norm_of(norm: Norm) -> Callable[[int], nn.Module]:
+    """The normalisation layer of a number of channels."""
+    return GroupNorm if norm == "group" else nn.BatchNorm2d
+
+
+class ConvNorm(nn.Sequential):
+    """Convolution (no bias, size-preserving padding) and norm."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, norm: Norm) -> None:
+        conv = conv_of(norm)(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        super().__init__(conv, norm_of(norm)(outputs))
+
+
+class ResidualBlock(nn.Module):
+    """Convolutions beside a shortcut, summed, then ReLU (He et al., 2016)."""
+
+    convolutions: int
+
+    def __init__(self, body: nn.Sequential, inputs: int, outputs: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        self.body = body
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = ConvNorm(inputs, outputs, 1, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+class BasicBlock(ResidualBlock):
+    """Two 3x3 convolutions. Shape: (n, inputs, H, W) to (n, planes, H / stride, W / stride)."""
+
+    convolutions = 2
+    expansion = 1
+
+    def __init__(self, inputs: int, planes: int, stride: int, norm: Norm) -> None:
+        body = nn.Sequential(
+            ConvNorm(inputs, planes, 3, stride, norm),
+            nn.ReLU(),
+            ConvNorm(planes, planes, 3, 1, norm),
+        )
+        super().__init__(body, inputs, planes, stride, norm)
+
+
+class BottleneckBlock(ResidualBlock):
+    """1x1, 3x3 and 1x1 convolutions. Shape: (n, inputs, H, W) to (n, 4 planes, H / stride, W / stride)."""
+
+    convolutions = 3
+    expansion = 4
+
+    def __init__(self, inputs: int, planes: int, stride: int, norm: Norm) -> None:
+        outputs = planes * self.expansion
+        body = nn.Sequential(
+            ConvNorm(inputs, planes, 1, 1, norm),
+            nn.ReLU(),
+            ConvNorm(planes, planes, 3, stride, norm),
+            nn.ReLU(),
+            ConvNorm(planes, outputs, 1, 1, norm),
+        )
+        super().__init__(body, inputs, outputs, stride, norm)

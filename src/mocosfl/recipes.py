@@ -1,0 +1,127 @@
+"""Named configurations. A recipe is a function that returns a whole configuration."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mocosfl.config import (
+    AugmentSettings,
+    ClientSettings,
+    Config,
+    ContrastSettings,
+    DataSettings,
+    EvaluationSettings,
+    ModelSettings,
+    PartitionSettings,
+    SyncSettings,
+    TrainSettings,
+)
+from mocosfl.errors import SettingError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named configuration and what to expect of it.
+
+    Attributes:
+        make: returns the configuration.
+        time: how long it takes, and on what.
+        result: what it reaches, and whether that is ours or published.
+    """
+
+    make: Callable[[], Config]
+    time: str
+    result: str
+
+
+def digits() -> Config:
+    """The demo: scikit-learn's 1,797 handwritten digits, 100 clients with two kinds of digits each, batch 1."""
+    return Config(
+        recipe="digits",
+        data=DataSettings(source="digits", channels=1, held_out=0.1),
+        partition=PartitionSettings(kind="classes", classes_per_client=2),
+        augment=AugmentSettings(crop_scale=(0.4, 1.0), blur_p=0, flip_p=0, grey_p=0),
+        model=ModelSettings(width=16, server_norm="batch", head="small"),
+        contrast=ContrastSettings(queue=1024, temperature=0.2, symmetric=False),
+        clients=ClientSettings(number=100, batch=1),
+        sync=SyncSettings(every=10),
+        train=TrainSettings(epochs=60, warmup=2),
+        evaluation=EvaluationSettings(every=5, k=20),
+    )
+
+
+def cifar10_small() -> Config:
+    """For a CPU: 10,000 images of CIFAR-10, 100 clients with 2 classes each, batch 1, ResNet-18 of width 16."""
+    return Config(
+        recipe="cifar10-small",
+        data=DataSettings(source="cifar10", images=10_000, held_out=0.05),
+        model=ModelSettings(width=16, server_norm="batch"),
+        contrast=ContrastSettings(symmetric=False),
+        clients=ClientSettings(number=100, batch=1),
+        sync=SyncSettings(every=10),
+        train=TrainSettings(epochs=30, warmup=1),
+        evaluation=EvaluationSettings(every=5, monitor_bank=2000),
+    )
+
+
+def published(source: str, number: int, kind: str, cut: int = 1) -> Config:
+    """The paper's settings for 32x32 images: batch 1, pools of 100, an average every 50 steps.
+
+    Args:
+        source: cifar10 or cifar100.
+        number: N, clients.
+        kind: iid, or noniid for 2 classes a client (20 of CIFAR-100).
+        cut: 1 for MocoSFL-1, 3 for MocoSFL-3.
+    """
+    name = f"{source}-{kind}-{number}" + ("" if cut == 1 else f"-cut{cut}")
+    return Config(
+        recipe=name,
+        data=DataSettings(source=source, held_out=0.02),
+        partition=PartitionSettings(
+            kind="iid" if kind == "iid" else "classes", classes_per_client=2 if source == "cifar10" else 20
+        ),
+        model=ModelSettings(cut=cut),
+        clients=ClientSettings(number=number, pool=None if number <= 100 else 100, batch=1),
+        sync=SyncSettings(every=50),
+        train=TrainSettings(epochs=200, log_every=50, checkpoint_every=2000),
+        evaluation=EvaluationSettings(every=5),
+    )
+
+
+def _published(source: str, number: int, kind: str, cut: int, probe: float) -> Recipe:
+    return Recipe(lambda: published(source, number, kind, cut), "a GPU", f"linear probe {probe} % (published)")
+
+
+# Linear probe of the paper's table 1 (ResNet-18), by (source, kind, cut) for 100, 200 and 1,000 clients.
+_TABLE_1 = {
+    ("cifar10", "iid", 1): (87.29, 87.38, 87.51),
+    ("cifar10", "noniid", 1): (87.71, 87.39, 86.46),
+    ("cifar10", "iid", 3): (87.29, 87.15, 87.25),
+    ("cifar10", "noniid", 3): (87.10, 85.22, 84.75),
+    ("cifar100", "iid", 1): (58.91, 59.15, 58.85),
+    ("cifar100", "noniid", 1): (59.22, 58.90, 56.75),
+}
+
+RECIPES: dict[str, Recipe] = {
+    "digits": Recipe(digits, "2 min, 2 CPU cores", ""),
+    "cifar10-small": Recipe(cifar10_small, "15 min, 2 CPU cores", ""),
+}
+for (_source, _kind, _cut), _probes in _TABLE_1.items():
+    for _number, _probe in zip((100, 200, 1000), _probes, strict=True):
+        _recipe = _published(_source, _number, _kind, _cut, _probe)
+        RECIPES[_recipe.make().recipe] = _recipe
+
+
+def recipe(name: str) -> Config:
+    """The configuration of a recipe.
+
+    Raises:
+        SettingError: there is none of that name; names the nearest.
+    """
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(RECIPES)}"
+        raise SettingError(f"unknown recipe {name}; {hint}")
+    return RECIPES[name].make()

@@ -1,0 +1,166 @@
+"""The training loop, the same for clients anywhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mocosfl.clients import Cohort
+from mocosfl.config import Config
+from mocosfl.data.sampler import pool_of_round
+from mocosfl.errors import RunError
+from mocosfl.server import Server
+
+
+class Callback:
+    """Something that happens beside the loop: logging, evaluation, checkpoints. A hook left out does nothing."""
+
+    def before_training(self, trainer: Trainer) -> None:
+        """Called once, before the first step or the first after a resume."""
+
+    def after_step(self, trainer: Trainer, metrics: dict[str, Tensor]) -> None:
+        """Called after every step; ``metrics`` are tensors on the device: reading one waits for it."""
+
+    def after_training(self, trainer: Trainer) -> None:
+        """Called once, after the last step or when the run was asked to stop."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs of this callback."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state_dict``'s result."""
+
+
+class Trainer:
+    """One loop between a server and a cohort of clients (MocoSFL, algorithm 1).
+
+    Args:
+        config: the whole configuration.
+        cohort: the clients.
+        server: the server.
+        images: size of the training set.
+        callbacks: run in this order.
+
+    Attributes:
+        step: steps done.
+        steps: steps of the whole run.
+        latest: the last value of every metric that a callback has read.
+        stop: set to end the run after the step under way.
+    """
+
+    def __init__(
+        self, config: Config, cohort: Cohort, server: Server, images: int, callbacks: Sequence[Callback] = ()
+    ) -> None:
+        self.config, self.cohort, self.server, self.callbacks = config, cohort, server, callbacks
+        self.steps_per_epoch = images / config.step_images
+        self.steps = max(1, round(config.train.epochs * self.steps_per_epoch))
+        self.warmup = round(config.train.warmup * self.steps_per_epoch)
+        number, batch = config.clients.number, config.clients.batch
+        self.round_steps = config.clients.round or max(1, round(images / (number * batch)))
+        self.step = 0
+        self.stop = False
+        self.latest: dict[str, float] = {}
+        self._first_bad = torch.full((), -1, dtype=torch.int64, device=server.device)
+
+    def run(self) -> None:
+        """Train from ``step`` to ``steps``."""
+        for callback in self.callbacks:
+            callback.before_training(self)
+        sampled = self.config.pool < self.config.clients.number
+        while self.step < self.steps and not self.stop:
+            if sampled and self.step % self.round_steps == 0:
+                self.cohort.activate(self._pool(self.step // self.round_steps))
+            server_lr, client_lr = self.learning_rates()
+
+            latents = self.cohort.forward()
+            gradients, metrics = self.server.step(latents, server_lr)
+            self.cohort.backward(gradients, client_lr)
+
+            self.step += 1
+            if self._at_sync_point(sampled):
+                self.cohort.synchronise()
+            self._watch(metrics["loss"])
+            for callback in self.callbacks:
+                callback.after_step(self, metrics)
+        for callback in self.callbacks:
+            callback.after_training(self)
+
+    def _pool(self, round_: int) -> NDArray[np.int64]:
+        return pool_of_round(self.config.seed, round_, self.config.clients.number, self.config.pool)
+
+    def _at_sync_point(self, sampled: bool) -> bool:
+        """After every so many steps, before the pool changes, and at the end."""
+        every = self.config.sync.every
+        return (
+            (every > 0 and self.step % every == 0)
+            or (sampled and self.step % self.round_steps == 0)
+            or self.step == self.steps
+        )
+
+    def learning_rates(self) -> tuple[float, float]:
+        """Rates of server and clients for the step to come: warm-up, then a cosine, both counted in steps."""
+        if self.step < self.warmup:
+            factor = (self.step + 1) / self.warmup
+        else:
+            done = (self.step - self.warmup) / max(1, self.steps - self.warmup)
+            factor = (1 + math.cos(math.pi * done)) / 2
+        settings = self.config.train
+        return factor * settings.lr, factor * (self.config.clients.lr or settings.lr)
+
+    @property
+    def epoch(self) -> float:
+        """Images seen, in multiples of the training set."""
+        return self.step / self.steps_per_epoch
+
+    def every(self, epochs: float) -> bool:
+        """Whether the last step completed another so many epochs."""
+        if epochs == 0:
+            return False
+        length = epochs * self.steps_per_epoch
+        return int(self.step / length + 1e-9) > int((self.step - 1) / length + 1e-9)
+
+    def _watch(self, loss: Tensor) -> None:
+        """Note the first step whose loss is not finite, without waiting for the device."""
+        bad = ~torch.isfinite(loss) & (self._first_bad < 0)
+        self._first_bad = torch.where(bad, self.step, self._first_bad)
+
+    def check(self) -> None:
+        """Wait for the device and make sure that the run is sound; callbacks do so before they keep anything.
+
+        Raises:
+            RunError: the loss or a weight is not finite.
+        """
+        if (step := int(self._first_bad)) >= 0:
+            raise RunError(
+                f"the loss at step {step} is not finite; lower train.lr or clients.lr, or raise "
+                "contrast.temperature or train.warmup"
+            )
+        weights = [*self.server.online.parameters(), *self.cohort.average().values()]
+        if not torch.stack([w.isfinite().all() for w in weights]).all():
+            raise RunError(f"a weight is not finite after step {self.step}; lower train.lr or clients.lr")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs to equal one that was never stopped."""
+        return {
+            "step": self.step,
+            "cohort": self.cohort.state_dict(),
+            "server": self.server.state_dict(),
+            "latest": self.latest,
+            "callbacks": {type(c).__name__: c.state_dict() for c in self.callbacks},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state_dict``'s result."""
+        self.step = state["step"]
+        self.cohort.load_state_dict(state["cohort"])
+        self.server.load_state_dict(state["server"])
+        self.latest = dict(state["latest"])
+        for callback in self.callbacks:
+            callback.load_state_dict(state["callbacks"].get(type(callback).__name__, {}))

@@ -1,0 +1,119 @@
+"""Slow, obviously right versions of the parts that are vectorised."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mocosfl.clients import Latents
+from mocosfl.config import Config
+from mocosfl.data.augment import AugmentParameters, Policy, augment, normalise
+from mocosfl.data.images import ImageSet
+from mocosfl.data.sampler import ClientSampler
+
+
+class Client:
+    """One client: modules and an optimiser of its own."""
+
+    def __init__(self, half: nn.Module, config: Config) -> None:
+        self.config = config
+        self.online = copy.deepcopy(half)
+        self.momentum = copy.deepcopy(half).requires_grad_(False)
+        self.contributed = 0
+        self.forget()
+
+    def forget(self) -> None:
+        train = self.config.train
+        self.optimizer = torch.optim.SGD(
+            self.online.parameters(), lr=1.0, momentum=train.momentum, weight_decay=train.weight_decay
+        )
+
+    def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
+        """(2, B, C, S, S) to (V, B, ...) twice."""
+        both = self.config.contrast.both_views
+        tau = self.config.contrast.momentum
+        self.query = self.online(views.flatten(0, 1) if both else views[0])
+        for m, o in zip(self.momentum.parameters(), self.online.parameters(), strict=True):
+            m.mul_(tau).add_(o.detach(), alpha=1 - tau)
+        key = self.momentum(views.flip(0).flatten(0, 1) if both else views[1])
+        self.contributed += views.shape[1]
+        count = 2 if both else 1
+        return self.query.detach().unflatten(0, (count, -1)), key.unflatten(0, (count, -1))
+
+    def backward(self, gradient: Tensor, lr: float) -> None:
+        self.optimizer.zero_grad()
+        self.query.backward(gradient.flatten(0, 1))
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+
+
+class NaiveCohort:
+    """A Python loop over separate clients, each with modules, an optimiser and augmentation calls of its own."""
+
+    def __init__(
+        self, half: nn.Module, config: Config, images: ImageSet, sampler: ClientSampler, mean: Tensor, std: Tensor
+    ) -> None:
+        self.config, self.images, self.sampler, self.mean, self.std = config, images, sampler, mean, std
+        self.clients = [Client(half, config) for _ in range(config.clients.number)]
+        self.pool = np.arange(config.pool)
+
+    def activate(self, pool: np.ndarray) -> None:
+        for client in set(range(len(self.clients))) - set(pool.tolist()):
+            if not self.config.clients.keep_optimizer:
+                self.clients[client].forget()
+        self.pool = pool
+
+    def forward(self) -> Latents:
+        policy, queries, keys = Policy.of(self.config.augment), [], []
+        for client in self.pool:
+            rows, draws = self.sampler.draw(np.array([client]), self.config.clients.batch)
+            views = []
+            for view in (0, 1):
+                images = self.images.take(rows[0], "cpu")
+                parameters = AugmentParameters.draw(
+                    policy, images.shape[-1], self.config.seed, client=client, draw=draws[0], view=view
+                )
+                views.append(normalise(augment(images, parameters, policy), self.mean, self.std))
+            query, key = self.clients[client].forward(torch.stack(views))
+            queries.append(query)
+            keys.append(key)
+        return Latents(torch.cat(queries, 1), torch.cat(keys, 1), self.pool, self.config.clients.batch)
+
+    def backward(self, gradients: Tensor, lr: float) -> None:
+        for client, piece in zip(self.pool, gradients.split(self.config.clients.batch, dim=1), strict=True):
+            self.clients[client].backward(piece, lr)
+
+    def synchronise(self) -> None:
+        self._hand_out("online")
+        if self.config.sync.momentum:
+            self._hand_out("momentum")
+        for client in self.clients:
+            client.contributed = 0
+
+    def _hand_out(self, which: str) -> None:
+        average = self.average(which)
+        for client in self.clients:
+            getattr(client, which).load_state_dict(average)
+
+    def average(self, which: str = "online") -> dict[str, Tensor]:
+        active = [self.clients[c] for c in self.pool]
+        total = sum(c.contributed for c in active)
+        states = [getattr(c, which).state_dict() for c in active]
+        average = {}
+        for name in states[0]:
+            tensors = [state[name] for state in states]
+            if tensors[0].is_floating_point():
+                pairs = zip(active, tensors, strict=True)
+                average[name] = sum(tensor * (client.contributed / total) for client, tensor in pairs)
+            else:
+                average[name] = max(tensors)
+        return average
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass

@@ -1,0 +1,154 @@
+"""LocalCohort against a plain loop over separate modules and optimisers."""
+
+import copy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mocosfl.clients import LocalCohort
+from mocosfl.config import Config
+from mocosfl.data.images import ImageSet
+from mocosfl.data.partition import Partition
+from mocosfl.data.sampler import ClientSampler, pool_of_round
+from mocosfl.models import build
+
+sys.path.insert(0, str(Path(__file__).parent))
+from naive import NaiveCohort
+
+CPU = torch.device("cpu")
+SIZES = (5, 9, 4, 12, 6, 7)  # images of each client
+
+
+def settings(**changes: object) -> Config:
+    base = {"model.width": 4, "clients.number": len(SIZES), "clients.batch": 2, "seed": 3, "sync.every": 3}
+    return Config().updated(base | changes)
+
+
+def cohorts(config: Config) -> tuple[LocalCohort, NaiveCohort]:
+    pixels = np.random.default_rng(0).integers(0, 256, (sum(SIZES), 3, 8, 8), dtype=np.uint8)
+    images = ImageSet(pixels)
+    offsets = np.concatenate([[0], np.cumsum(SIZES)])
+    partition = Partition(np.random.default_rng(1).permutation(sum(SIZES)), offsets)
+    half = build(config.model, 3, 8, config.seed).client
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.25])
+    naive = NaiveCohort(copy.deepcopy(half), config, images, ClientSampler(partition, config.seed), mean, std)
+    return LocalCohort(half, config, images, ClientSampler(partition, config.seed), mean, std, CPU), naive
+
+
+def compare(config: Config, steps: int = 7) -> None:
+    """Run both with the same gradients; latents and averages must agree at every step."""
+    local, naive = cohorts(config)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        if config.pool < config.clients.number and step % config.clients.round == 0:
+            pool = pool_of_round(config.seed, step // config.clients.round, config.clients.number, config.pool)
+            local.activate(pool)
+            naive.activate(pool)
+        ours, theirs = local.forward(), naive.forward()
+        assert ours.query.shape == theirs.query.shape
+        torch.testing.assert_close(ours.query, theirs.query, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(ours.key, theirs.key, atol=2e-5, rtol=1e-4)
+        assert np.array_equal(ours.clients, theirs.clients)
+        gradients = torch.randn(ours.query.shape, generator=generator) / ours.query[0].numel()
+        local.backward(gradients, 0.5)
+        naive.backward(gradients, 0.5)
+        last = config.clients.round and (step + 1) % config.clients.round == 0
+        if (config.sync.every and (step + 1) % config.sync.every == 0) or last:
+            local.synchronise()
+            naive.synchronise()
+        elif step % 2:
+            expected = naive.average()
+            for name, tensor in local.average().items():
+                torch.testing.assert_close(tensor, expected[name], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cut", [1, 3, 7])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_equals_a_loop_at_any_cut_and_batch(cut: int, batch: int) -> None:
+    compare(settings(**{"model.cut": cut, "clients.batch": batch}))
+
+
+@pytest.mark.parametrize("average_momentum", [True, False])
+@pytest.mark.parametrize("keep_optimizer", [True, False])
+def test_equals_a_loop_with_sampled_pools(average_momentum: bool, keep_optimizer: bool) -> None:
+    pooled = {"clients.pool": 3, "clients.round": 2, "clients.keep_optimizer": keep_optimizer, "sync.every": 1}
+    compare(settings(**pooled, **{"sync.momentum": average_momentum}), steps=9)
+    pooled["clients.round"], pooled["sync.every"] = 4, 3
+    compare(settings(**pooled, **{"sync.momentum": average_momentum}), steps=13)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"contrast.both_views": True},
+        {"model.bottleneck": "C4S2", "model.cut": 3},
+        {"model.client_norm": "batch", "clients.batch": 3},
+        {"sync.every": 0},
+        {"sync.every": 1, "contrast.momentum": 0.5, "train.momentum": 0.0, "train.weight_decay": 0.1},
+    ],
+    ids=str,
+)
+def test_equals_a_loop_with_other_settings(changes: dict) -> None:
+    compare(settings(**changes))
+
+
+def test_clients_differ_between_averages_and_agree_after() -> None:
+    local, _ = cohorts(settings())
+    local.backward(torch.randn_like(local.forward().query), 0.1)
+    weight = next(iter(local.online.values()))
+    assert not torch.equal(weight[0], weight[1])
+    local.synchronise()
+    assert torch.equal(weight[0], weight[1])
+
+
+def test_a_client_learns_from_its_own_gradient_alone() -> None:
+    local, _ = cohorts(settings(**{"train.weight_decay": 0.0}))
+    gradients = torch.zeros_like(local.forward().query)
+    gradients[:, 4:6] = 1  # the third client's piece, batch 2
+    before = {name: tensor.detach().clone() for name, tensor in local.online.items()}
+    local.backward(gradients, 0.1)
+    for name, tensor in local.online.items():
+        moved = (tensor.detach() != before[name]).flatten(1).any(dim=1)
+        assert moved.tolist() == [client == 2 for client in range(6)]
+
+
+def test_memory_is_for_the_pool_alone_where_clients_keep_nothing() -> None:
+    number, pool = 6, 2
+    lean, _ = cohorts(settings(**{"clients.pool": pool, "clients.round": 2}))
+    assert not lean.bank
+    assert all(len(t) == pool for t in (lean.online | lean.momentum | lean.velocity).values())
+    kept = {"clients.pool": pool, "clients.round": 2, "clients.keep_optimizer": True, "sync.momentum": False}
+    full, _ = cohorts(settings(**kept))
+    assert set(full.bank) == {"velocity", "momentum"}
+    assert all(len(t) == number for stack in full.bank.values() for t in stack.values())
+
+
+def test_backward_needs_a_forward() -> None:
+    local, _ = cohorts(settings())
+    latents = local.forward()
+    local.backward(torch.zeros_like(latents.query), 0.1)
+    with pytest.raises(RuntimeError, match="forward"):
+        local.backward(torch.zeros_like(latents.query), 0.1)
+
+
+def test_state_survives_saving() -> None:
+    config = settings(**{"clients.pool": 3, "clients.round": 2, "clients.keep_optimizer": True, "sync.momentum": False})
+    first, _ = cohorts(config)
+    second, _ = cohorts(config)
+
+    def advance(cohort: LocalCohort, start: int, stop: int) -> torch.Tensor:
+        for step in range(start, stop):
+            if step % 2 == 0:
+                cohort.activate(pool_of_round(3, step // 2, 6, 3))
+            latents = cohort.forward()
+            cohort.backward(latents.key / latents.key.numel(), 0.3)
+            if step % 2:
+                cohort.synchronise()
+        return cohort.forward().query
+
+    advance(first, 0, 5)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert torch.equal(advance(first, 5, 9), advance(second, 5, 9))
