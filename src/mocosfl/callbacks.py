@@ -123,8 +123,12 @@ class Checkpoints(Callback):
 
     def after_step(self, trainer: Trainer, metrics: dict[str, Tensor]) -> None:
         """Save when it is time."""
-        due = trainer.step % trainer.config.train.checkpoint_every == 0
-        if due or trainer.stop or trainer.step == trainer.steps:
+        if trainer.step % trainer.config.train.checkpoint_every == 0:
+            self._save(trainer)
+
+    def after_training(self, trainer: Trainer) -> None:
+        """Save where the run ended or was stopped."""
+        if self.run.latest_step != trainer.step:
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:

@@ -183,9 +183,10 @@ class LocalCohort:
             update_momentum(self.momentum.values(), self.online.values(), config.contrast.momentum)
             with torch.no_grad():
                 key = self._run(self.momentum, self.momentum_buffers, second)
-        self._query = query.float()
+        full = torch.promote_types(query.dtype, torch.float32)
+        self._query = query.to(full)
         self.contributed += config.clients.batch
-        return Latents(self._by_view(self._query.detach()), self._by_view(key.float()), pool, config.clients.batch)
+        return Latents(self._by_view(self._query.detach()), self._by_view(key.to(full)), pool, config.clients.batch)
 
     def _by_view(self, latents: Tensor) -> Tensor:
         """(P, V * B, ...) to (V, P * B, ...)."""

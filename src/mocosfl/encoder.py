@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -115,6 +116,6 @@ def load_encoder(run: str | Path, device: str | torch.device = "cpu") -> Encoder
             f"{run} holds no encoder: {Path(error.filename or 'encoder.safetensors').name} is missing "
             "(it is written when training ends)"
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise RunError(f"the encoder in {run} cannot be read: {error}") from error
     return encoder.to(device).eval()

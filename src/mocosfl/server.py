@@ -66,7 +66,8 @@ class Server:
             q = self.online(into_online.flatten(0, 1))
             with torch.no_grad():
                 k = self.momentum(into_momentum.flatten(0, 1))
-        q, k = (F.normalize(x.float(), dim=1).unflatten(0, (len(into_online), -1)) for x in (q, k))  # (ways, n, D)
+        full = torch.promote_types(q.dtype, torch.float32)
+        q, k = (F.normalize(x.to(full), dim=1).unflatten(0, (len(into_online), -1)) for x in (q, k))  # (ways, n, D)
 
         rings = None
         if not contrast.feature_sharing:

@@ -24,5 +24,5 @@ def fedavg(stack: Tensor, weights: Tensor) -> Tensor:
         raise ValueError(f"{stack.shape[0]} clients need as many weights, not {tuple(weights.shape)}")
     if not stack.is_floating_point():
         return stack.amax(dim=0)
-    shares = weights / weights.sum()
-    return torch.tensordot(shares.to(stack.dtype), stack, dims=1)
+    weights = weights.to(stack.dtype)
+    return torch.tensordot(weights / weights.sum(), stack, dims=1)

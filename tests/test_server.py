@@ -1,0 +1,116 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mocosfl.clients import Latents
+from mocosfl.config import Config
+from mocosfl.server import Server
+
+CPU = torch.device("cpu")
+
+
+def make(**changes: object) -> Server:
+    config = Config().updated({"clients.number": 3, "clients.batch": 2, "contrast.queue": 10} | changes)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        half = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        head = nn.Linear(6, 5)
+    return Server(half, head, config, 5, CPU)
+
+
+def latents(views: int = 1, clients: tuple[int, ...] = (0, 1, 2), batch: int = 2) -> Latents:
+    shape = (views, len(clients) * batch, 4, 6, 6)
+    return Latents(torch.randn(shape), torch.randn(shape), np.array(clients), batch)
+
+
+def naive_step(server: Server, batch: Latents) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Algorithm 1's server side, a line at a time: loss, gradient at the query, new keys."""
+    contrast = server.config.contrast
+    momentum = copy.deepcopy(server.momentum)
+    for m, o in zip(momentum.parameters(), server.online.parameters(), strict=True):
+        m.data = contrast.momentum * m.data + (1 - contrast.momentum) * o.data
+    query = batch.query.clone().requires_grad_()
+    pairs = [(query[i], batch.key[i]) for i in range(len(query))]
+    if contrast.symmetric and len(query) == 1:
+        pairs.append((batch.key[0], query[0].detach()))
+    loss, keys = torch.zeros(()), []
+    for a, b in pairs:
+        q = F.normalize(server.online(a), dim=1)
+        with torch.no_grad():
+            k = F.normalize(momentum(b), dim=1)
+        for i in range(len(q)):
+            ring = 0 if contrast.feature_sharing else int(batch.clients[i // batch.size])
+            logits = torch.cat([(q[i] * k[i]).sum()[None], server.queue.keys[ring] @ q[i]]) / contrast.temperature
+            loss = loss - F.log_softmax(logits, 0)[0] / len(q)
+        keys.append(k)
+    return loss.detach(), torch.autograd.grad(loss, query)[0], keys
+
+
+@pytest.mark.parametrize(
+    ("changes", "views"),
+    [
+        ({"contrast.symmetric": False}, 1),
+        ({"contrast.symmetric": True}, 1),
+        ({"contrast.symmetric": True, "contrast.both_views": True}, 2),
+        ({"contrast.feature_sharing": False, "contrast.queue": 12}, 1),
+    ],
+    ids=["one way", "symmetric", "both views", "own queues"],
+)
+def test_a_step_equals_the_algorithm_written_out(changes: dict, views: int) -> None:
+    server = make(**changes, **{"clients.lr_scale": "batch_mean"})
+    for clients in ((0, 1, 2), (2, 0), (1, 2)):
+        batch = latents(views, clients)
+        loss, gradient, keys = naive_step(server, batch)
+        gradients, metrics = server.step(batch, lr=0.1)
+        torch.testing.assert_close(metrics["loss"], loss)
+        torch.testing.assert_close(gradients, gradient)
+        if server.config.contrast.feature_sharing:
+            newest = server.queue.keys[0].roll(-int(server.queue.next[0]), 0)
+            torch.testing.assert_close(newest[-len(keys[-1]) :], keys[-1][-10:])
+        else:
+            for place, client in enumerate(clients):
+                ring = server.queue.keys[client].roll(-int(server.queue.next[client]), 0)
+                torch.testing.assert_close(ring[-2:], keys[-1][2 * place : 2 * place + 2])
+
+
+def test_gradient_scales() -> None:
+    """The client's own mean is as many times steeper as there are clients in the pool."""
+    batch = latents()
+    published, _ = make(**{"clients.lr_scale": "batch_mean"}).step(copy.deepcopy(batch), 0.1)
+    own, _ = make(**{"clients.lr_scale": "per_client_mean"}).step(copy.deepcopy(batch), 0.1)
+    torch.testing.assert_close(own, 3 * published)
+
+
+def test_keys_enter_after_the_loss() -> None:
+    server = make(**{"contrast.symmetric": False})
+    before = server.queue.keys.clone()
+    server.step(latents(), 0.1)
+    assert int(server.queue.next[0]) == 6
+    assert torch.equal(server.queue.keys[0, 6:], before[0, 6:])
+    assert not torch.isclose(server.queue.keys[0, :6], before[0, :6]).all(dim=1).any()
+
+
+def test_momentum_copy_learns_by_average_alone() -> None:
+    server = make()
+    before = [p.clone() for p in server.momentum.parameters()]
+    online = [p.detach().clone() for p in server.online.parameters()]
+    server.step(latents(), 0.1)
+    for m, b, o in zip(server.momentum.parameters(), before, online, strict=True):
+        assert m.grad is None
+        torch.testing.assert_close(m, 0.99 * b + 0.01 * o)
+
+
+def test_state_survives_saving() -> None:
+    first, second = make(), make()
+    for _ in range(3):
+        first.step(latents(), 0.1)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    batch = latents()
+    loss = [server.step(copy.deepcopy(batch), 0.1)[1]["loss"] for server in (first, second)]
+    assert torch.equal(loss[0], loss[1])
+    for a, b in zip(first.online.parameters(), second.online.parameters(), strict=True):
+        assert torch.equal(a, b)

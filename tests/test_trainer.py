@@ -1,0 +1,206 @@
+"""The loop: synchronising every step is centralised MoCo, and where the clients are makes no difference."""
+
+import copy
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mocosfl.clients import LocalCohort
+from mocosfl.config import Config
+from mocosfl.data.augment import AugmentParameters, Policy, augment, normalise
+from mocosfl.data.images import ImageSet
+from mocosfl.data.partition import partition
+from mocosfl.data.sampler import ClientSampler
+from mocosfl.errors import RunError
+from mocosfl.models import build, build_head
+from mocosfl.models.heads import WIDTHS
+from mocosfl.server import Server
+from mocosfl.trainer import Callback, Trainer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from naive import NaiveCohort
+
+CPU = torch.device("cpu")
+MEAN, STD = torch.tensor([0.5, 0.4, 0.6]).double(), torch.tensor([0.25, 0.2, 0.3]).double()
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def after_step(self, trainer: Trainer, metrics: dict[str, torch.Tensor]) -> None:
+        self.values.append(float(metrics["loss"]))
+
+
+def settings(**changes: object) -> Config:
+    base = {
+        "model.width": 4,
+        "model.head": "v1",
+        "contrast.queue": 50,
+        "partition.kind": "iid",
+        "clients.number": 6,
+        "clients.batch": 1,
+        "train.epochs": 5,
+        "seed": 1,
+    }
+    return Config().updated(base | changes)
+
+
+def parts(config: Config, images: int = 30):
+    pixels = np.random.default_rng(0).integers(0, 256, (images, 3, 8, 8), dtype=np.uint8)
+    model = build(config.model, 3, 8, config.seed)
+    head = build_head(config.model.head, model.features, config.seed)
+    held = partition(config.partition, config.clients.number, np.arange(images), None, None, config.seed)
+    server = Server(model.server, head, config, WIDTHS[config.model.head], CPU)
+    for module in (model.client, server.online, server.momentum, server.queue):
+        module.double()  # so that rounding does not grow over the steps
+    return ImageSet(pixels), model.client, server, ClientSampler(held, config.seed)
+
+
+def run(config: Config, cohort: type = LocalCohort, images: int = 30) -> tuple[list[float], Trainer]:
+    data, half, server, sampler = parts(config, images)
+    place = (CPU,) if cohort is LocalCohort else ()
+    losses = Losses()
+    trainer = Trainer(config, cohort(half, config, data, sampler, MEAN, STD, *place), server, images, [losses])
+    trainer.run()
+    return losses.values, trainer
+
+
+@pytest.mark.parametrize("scale", ["batch_mean", "per_client_mean"])
+def test_synchronising_every_step_is_centralised_moco(scale: str) -> None:
+    """25 steps: the same as one unsplit network on the concatenated batch.
+
+    The average of N clients moves by the mean of their gradients. A client's share of the batch's mean loss (published)
+    is its own mean loss divided by N: so centralised training has the client's rate divided by N with batch_mean, and
+    the client's rate itself with per_client_mean.
+    """
+    config = settings(**{"sync.every": 1, "clients.lr_scale": scale, "clients.lr": 0.2, "model.cut": 3})
+    clients = config.clients.number
+    split_losses, trainer = run(config)
+
+    data, half, server, sampler = parts(config)
+    rate = {"batch_mean": 0.2 / clients, "per_client_mean": 0.2}[scale]
+    online = nn.Sequential(half, server.online).train()
+    momentum = copy.deepcopy(online).requires_grad_(False)
+    optimizer = torch.optim.SGD(
+        [{"params": half.parameters()}, {"params": server.online.parameters()}],
+        lr=1.0,
+        momentum=config.train.momentum,
+        weight_decay=config.train.weight_decay,
+    )
+    queue = server.queue.keys[0].clone()
+    everyone, policy, losses = np.arange(clients), Policy.of(config.augment), []
+    for step in range(trainer.steps):
+        rows, draws = sampler.draw(everyone, 1)
+        views = []
+        for view in (0, 1):
+            parameters = AugmentParameters.draw(policy, 8, config.seed, everyone, draws[:, 0], view)
+            views.append(normalise(augment(data.take(rows[:, 0], "cpu"), parameters, policy), MEAN, STD))
+        for m, o in zip(momentum.parameters(), online.parameters(), strict=True):
+            m.mul_(0.99).add_(o.detach(), alpha=0.01)
+        loss, keys = torch.zeros(()), []
+        for way in (0, 1):
+            # the second way starts from the momentum half's latents, and trains the server alone
+            q = online(views[0]) if way == 0 else online[1](momentum[0](views[1]))
+            with torch.no_grad():
+                k = momentum(views[1]) if way == 0 else momentum[1](online[0](views[0]))
+            q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
+            logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / config.contrast.temperature
+            loss = loss + F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
+            keys.append(k)
+        factor = (1 + math.cos(math.pi * step / trainer.steps)) / 2
+        for group, lr in zip(optimizer.param_groups, (rate, config.train.lr), strict=True):
+            group["lr"] = factor * lr
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        queue = torch.cat([queue, *keys])[-50:]
+        losses.append(loss.item())
+
+    assert trainer.steps == 25
+    assert split_losses == pytest.approx(losses, rel=1e-9)
+    for name, tensor in trainer.cohort.average().items():
+        torch.testing.assert_close(tensor, half.state_dict()[name], atol=1e-9, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sync.every": 2},
+        {"sync.every": 3, "clients.pool": 2, "clients.round": 4, "clients.batch": 2},
+        {"sync.every": 4, "contrast.feature_sharing": False, "clients.pool": 3},
+    ],
+    ids=str,
+)
+def test_vectorised_and_looped_clients_train_alike(changes: dict) -> None:
+    local, _ = run(settings(**changes))
+    naive, _ = run(settings(**changes), NaiveCohort)
+    assert local == pytest.approx(naive, rel=1e-9)
+
+
+def test_rates_warm_up_and_fall_along_a_cosine_in_steps() -> None:
+    config = settings(**{"train.warmup": 1, "train.lr": 0.5, "clients.lr": 0.1})
+    data, half, server, sampler = parts(config)
+    trainer = Trainer(config, LocalCohort(half, config, data, sampler, MEAN, STD, CPU), server, 30)
+    rates = []
+    for step in range(trainer.steps):
+        trainer.step = step
+        rates.append(trainer.learning_rates())
+    server_lr, client_lr = (np.array(column) for column in zip(*rates, strict=True))
+    assert server_lr[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert server_lr[5:] == pytest.approx([0.25 * (1 + math.cos(math.pi * i / 20)) for i in range(20)])
+    assert client_lr == pytest.approx(server_lr / 5)
+
+
+def test_sync_points() -> None:
+    class Spy:
+        def __init__(self) -> None:
+            self.events: list[str] = []
+
+        def __getattr__(self, name: str):
+            return lambda *args: self.events.append(name) if name in ("activate", "synchronise", "forward") else None
+
+    class Deaf:
+        device = CPU
+
+        def step(self, latents, lr):
+            return None, {"loss": torch.zeros(())}
+
+    def events(**changes: object) -> str:
+        spy = Spy()
+        Trainer(settings(**changes), spy, Deaf(), 30).run()
+        return "".join({"activate": "a", "synchronise": "s", "forward": "."}[event] for event in spy.events)
+
+    every_two = events(**{"sync.every": 2, "train.epochs": 1})
+    assert every_two == "..s..s.s"  # and at the end
+    pools = events(**{"sync.every": 3, "clients.pool": 2, "clients.round": 4, "train.epochs": 0.6})
+    assert pools == "a...s.sa..s..sa.s"  # before the pool changes, too
+    assert events(**{"sync.every": 0, "train.epochs": 1}) == ".....s"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_named_by_its_step(bad: float) -> None:
+    config = settings()
+    data, half, server, sampler = parts(config)
+    trainer = Trainer(config, LocalCohort(half, config, data, sampler, MEAN, STD, CPU), server, 30)
+    for step, loss in enumerate([2.0, 1.0, bad, 3.0, bad], start=1):
+        trainer.step = step
+        trainer._watch(torch.tensor(loss))
+    with pytest.raises(RunError, match=r"loss at step 3 is not finite; lower train\.lr"):
+        trainer.check()
+
+
+def test_weights_that_are_not_finite_are_found_before_the_loss_shows_them() -> None:
+    config = settings()
+    data, half, server, sampler = parts(config)
+    trainer = Trainer(config, LocalCohort(half, config, data, sampler, MEAN, STD, CPU), server, 30)
+    trainer.check()
+    next(iter(trainer.cohort.online.values())).data[2] = float("inf")
+    with pytest.raises(RunError, match="a weight is not finite"):
+        trainer.check()
