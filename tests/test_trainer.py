@@ -77,19 +77,20 @@ def test_synchronising_every_step_is_centralised_moco(scale: str) -> None:
     """25 steps: the same as one unsplit network on the concatenated batch.
 
     The average of N clients moves by the mean of their gradients. A client's share of the batch's mean loss (published)
-    is its own mean loss divided by N: so centralised training has the client's rate divided by N with batch_mean, and
-    the client's rate itself with per_client_mean.
+    is its own mean loss divided by N: so centralised training has the client's rate divided by N with batch_mean, while
+    the weight decay, which is not divided, weighs N times more; with per_client_mean both are the client's own.
     """
     config = settings(**{"sync.every": 1, "clients.lr_scale": scale, "clients.lr": 0.2, "model.cut": 3})
     clients = config.clients.number
     split_losses, trainer = run(config)
 
     data, half, server, sampler = parts(config)
-    rate = {"batch_mean": 0.2 / clients, "per_client_mean": 0.2}[scale]
+    share = {"batch_mean": 1 / clients, "per_client_mean": 1}[scale]
+    rate, decay = 0.2 * share, config.train.weight_decay / share
     online = nn.Sequential(half, server.online).train()
     momentum = copy.deepcopy(online).requires_grad_(False)
     optimizer = torch.optim.SGD(
-        [{"params": half.parameters()}, {"params": server.online.parameters()}],
+        [{"params": half.parameters(), "weight_decay": decay}, {"params": server.online.parameters()}],
         lr=1.0,
         momentum=config.train.momentum,
         weight_decay=config.train.weight_decay,

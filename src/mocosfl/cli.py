@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -117,14 +118,14 @@ def _evaluate(args: Sequence[str]) -> int:
 
 def _print_figures(metrics: dict[str, Any]) -> None:
     rows = [
-        ("kNN before training", "knn_untrained"),
-        ("kNN after training", "knn"),
+        ("kNN of the untrained encoder", "knn_untrained"),
+        ("kNN", "knn"),
         ("linear probe", "linear_probe"),
     ]
     if not any(key in metrics for _, key in rows):
         return
-    table = Table(title=f"{metrics['test_images']} test images, {metrics['bank_images']} training images as bank")
-    table.add_column("evaluation")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(f"on {metrics['test_images']:,} test images")
     table.add_column("accuracy", justify="right")
     for label, key in rows:
         if key in metrics:
@@ -139,19 +140,19 @@ def _recipes(args: Sequence[str]) -> int:
         """List the recipes: name, data, clients, model, expected time and result."""
 
     tyro.cli(parsed, prog="mocosfl recipes", args=args)
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption="* published, linear probe")
     for title in ("recipe", "data", "clients", "model", "time", "result"):
-        table.add_column(title, overflow="fold")
+        table.add_column(title, no_wrap=title == "recipe")
     for name, entry in RECIPES.items():
         c = entry.make()
-        images = f", {c.data.images:,} images" if c.data.images else ""
+        images = f", {c.data.images:,}" if c.data.images else ""
         split = "IID" if c.partition.kind == "iid" else f"{c.partition.classes_per_client} classes"
         pool = f", pool {c.pool}" if c.pool < c.clients.number else ""
         table.add_row(
             name,
             c.data.source + images,
-            f"{c.clients.number:,}, {split}{pool}, batch {c.clients.batch}",
-            f"{c.model.backbone}, width {c.model.width}, cut {c.model.cut}",
+            f"{c.clients.number:,}, {split}{pool}",
+            f"{c.model.backbone}, {c.model.width}, cut {c.model.cut}",
             entry.time,
             entry.result,
         )

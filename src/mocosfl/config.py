@@ -92,7 +92,7 @@ class AugmentSettings(Settings):
     group = "augment"
 
     policy: Literal["v1", "v2"] = "v2"
-    """MoCo's published augmentation, version 1 or 2."""
+    """v1 is MoCo v1's; v2 is the paper's, which is MoCo v2's with crops down to 0.08 of the area."""
     crop_scale: tuple[Probability, Probability] | None = None
     """Least and greatest share of the image's area that a random crop keeps."""
     brightness: Annotated[float, Field(ge=0)] | None = None

@@ -91,7 +91,7 @@ def published(source: str, number: int, kind: str, cut: int = 1) -> Config:
 
 
 def _published(source: str, number: int, kind: str, cut: int, probe: float) -> Recipe:
-    return Recipe(lambda: published(source, number, kind, cut), "a GPU", f"linear probe {probe} % (published)")
+    return Recipe(lambda: published(source, number, kind, cut), "needs a GPU", f"{probe:.2f} % *")
 
 
 # Linear probe of the paper's table 1 (ResNet-18), by (source, kind, cut) for 100, 200 and 1,000 clients.

@@ -1,0 +1,55 @@
+import pytest
+
+from mocosfl.data.augment import Policy
+from mocosfl.errors import SettingError
+from mocosfl.models import build
+from mocosfl.models.heads import WIDTHS
+from mocosfl.recipes import RECIPES, recipe
+
+SIZES = {"digits": 8}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_builds(name: str) -> None:
+    config = recipe(name)
+    assert config.recipe == name
+    size = SIZES.get(config.data.source, 32)
+    model = build(config.model, config.data.channels, size, config.seed)
+    assert model.features == 8 * config.model.width
+    assert config.model.head in WIDTHS
+    Policy.of(config.augment)
+    assert RECIPES[name].time
+    assert RECIPES[name].result
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "pool", "cut"),
+    [
+        ("cifar10-noniid-1000", 2, 100, 1),
+        ("cifar10-noniid-200", 2, 100, 1),
+        ("cifar10-noniid-100", 2, 100, 1),
+        ("cifar10-noniid-1000-cut3", 2, 100, 3),
+        ("cifar100-noniid-100", 20, 100, 1),
+    ],
+)
+def test_the_papers_settings(name: str, classes: int, pool: int, cut: int) -> None:
+    config = recipe(name)
+    assert (config.model.backbone, config.model.width, config.model.cut) == ("resnet18", 64, cut)
+    assert (config.model.client_norm, config.model.server_norm, config.model.head) == ("group", "group", "v2")
+    assert config.partition.classes_per_client == classes
+    assert (config.pool, config.clients.batch, config.sync.every) == (pool, 1, 50)
+    assert (config.train.lr, config.train.momentum, config.train.weight_decay) == (0.06, 0.9, 5e-4)
+    assert (config.contrast.queue, config.contrast.temperature, config.contrast.momentum) == (6000, 0.1, 0.99)
+    assert config.contrast.symmetric
+    assert config.train.epochs == 200
+
+
+def test_iid_recipes() -> None:
+    assert recipe("cifar10-iid-100").partition.kind == "iid"
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(SettingError, match="unknown recipe cifar10-noniid-10; did you mean cifar10-noniid-100"):
+        recipe("cifar10-noniid-10")
+    with pytest.raises(SettingError, match="there are digits, cifar10-small"):
+        recipe("zzz")
