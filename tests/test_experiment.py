@@ -250,7 +250,7 @@ def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_good_checkpoint(t
             if trainer.step == 5:
                 next(trainer.server.online.parameters()).data.fill_(float("nan"))
 
-    with pytest.raises(RunError, match=r"loss at step 6 is not finite; .*"):
+    with pytest.raises(RunError, match=r"loss at step 6 is not finite; .* the checkpoint of step 4 is safe"):
         mocosfl.train(small(**{"train.log_every": 6}), tmp_path / "run", callbacks=(Explode(),))
     state = Run.open(tmp_path / "run").load_checkpoint()
     assert state["step"] == 4
@@ -297,7 +297,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         save(state, file)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(RunError, match=r"No space left on device; the one of step 4 is safe"):
+    with pytest.raises(RunError, match=r"No space left on device; the checkpoint of step 4 is safe"):
         mocosfl.train(small(), tmp_path / "run")
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir() if p.suffix != ".pt"] == []
     monkeypatch.undo()

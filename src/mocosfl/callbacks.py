@@ -12,7 +12,6 @@ from rich.text import Text
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from mocosfl.errors import RunError
 from mocosfl.run import Run
 from mocosfl.trainer import Callback, Trainer
 
@@ -133,14 +132,7 @@ class Checkpoints(Callback):
 
     def _save(self, trainer: Trainer) -> None:
         trainer.check()
-        try:
-            self.run.save_checkpoint(trainer.step, trainer.state_dict())
-        except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
-            kept = self.run.latest_step
-            raise RunError(
-                f"cannot write a checkpoint to {self.run.checkpoints}: {error}; "
-                + (f"the one of step {kept} is safe" if kept is not None else "there is none yet")
-            ) from error
+        self.run.save_checkpoint(trainer.step, trainer.state_dict())
 
 
 class ProgressLine(Callback):

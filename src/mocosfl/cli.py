@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -171,7 +172,7 @@ def _partition(args: Sequence[str]) -> int:
     from mocosfl.experiment import federate
     from mocosfl.reporting.partition import draw, table
 
-    federation = federate(given.config, lambda text: console.print(text, highlight=False))
+    federation = federate(given.config, partial(console.print, highlight=False, markup=False, soft_wrap=True))
     train = federation.splits.train
     classes = train.classes
     if train.labels is not None and classes is not None:

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,7 +27,7 @@ from mocosfl.data.partition import Partition, partition
 from mocosfl.data.sampler import ClientSampler
 from mocosfl.data.sources import Splits, balanced, load
 from mocosfl.encoder import Encoder, load_encoder
-from mocosfl.errors import SettingError
+from mocosfl.errors import RunError, SettingError
 from mocosfl.evaluation import extract, knn_accuracy, linear_probe
 from mocosfl.models import build_head
 from mocosfl.models.heads import WIDTHS
@@ -150,7 +151,7 @@ def train(
         RunError: the run folder cannot be used, or training had to stop; what was kept is named.
     """
     console = console or Console(quiet=True)
-    say = lambda text: console.print(text, highlight=False, soft_wrap=True)  # noqa: E731
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     device = choose_device(config.train.device)
     if resume:
         run = Run.open(out)
@@ -180,28 +181,26 @@ def train(
         trainer.load_state_dict(state)
         say(f"resuming {run.path} at step {trainer.step} of {trainer.steps}")
     say(_describe(config, federation, encoder, trainer, device))
-    with _stop_on_signal(trainer), contextlib.closing(line):
-        trainer.run()
-
-    encoder.client.load_state_dict(cohort.average())
-    encoder.eval()
-    if trainer.step < trainer.steps:
-        return Result(run.path, encoder, dict(trainer.latest), finished=False)
-    facts = {"data": config.data.source, "recipe": config.recipe, "steps": trainer.step}
-    encoder.save(run.path, facts)
-    draw_curve(list(run.metrics()), run.path / "curve.png", f"{config.recipe}: {config.clients.number} clients")
-    metrics: dict[str, Any] = {
-        "steps": trainer.step,
-        "training_seconds": round(log.seconds, 1),
-        "loss": trainer.latest["loss"],
-        "contrast_accuracy": trainer.latest["contrast_accuracy"],
-    }
-    if "knn" in trainer.latest:
-        metrics["knn_held_out"] = trainer.latest["knn"]
-    metrics |= _evaluate(config, federation.splits, encoder, device)
-    metrics["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
-    metrics["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    run.write_json("result.json", metrics)
+    try:
+        with _stop_on_signal(trainer), contextlib.closing(line):
+            trainer.run()
+        encoder.client.load_state_dict(cohort.average())
+        encoder.eval()
+        metrics: dict[str, Any] = {"steps": trainer.step, "training_seconds": round(log.seconds, 1), **trainer.latest}
+        if trainer.step < trainer.steps:
+            return Result(run.path, encoder, metrics, finished=False)
+        encoder.save(run.path, {"data": config.data.source, "recipe": config.recipe, "steps": trainer.step})
+        draw_curve(list(run.metrics()), run.path / "curve.png", f"{config.recipe}: {config.clients.number} clients")
+        if "knn" in metrics:
+            metrics["knn_held_out"] = metrics.pop("knn")
+        metrics |= _evaluate(config, federation.splits, encoder, device)
+        metrics["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+        metrics["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        run.write_json("result.json", metrics)
+    except (RunError, OSError) as error:
+        kept = run.latest_step
+        safe = "no checkpoint has been written" if kept is None else f"the checkpoint of step {kept} is safe"
+        raise RunError(f"{error}; {safe} in {run.path}") from error
     return Result(run.path, encoder, metrics, finished=True)
 
 
@@ -223,7 +222,8 @@ def evaluate(path: str | Path, console: Console | None = None, device: str = "au
     run = Run.open(path)
     encoder = load_encoder(run.path)
     chosen = choose_device(device)
-    splits = load(run.config.data, run.config.seed, lambda text: console.print(text, highlight=False))
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    splits = load(run.config.data, run.config.seed, say)
     metrics = _evaluate(run.config, splits, encoder.to(chosen), chosen)
     if metrics:
         run.write_json("evaluation.json", metrics)

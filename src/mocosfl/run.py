@@ -136,7 +136,10 @@ class Run:
         Raises:
             OSError: it could not be written; the older ones are untouched.
         """
-        write_atomically(self.checkpoints / f"step-{step:09d}.pt", lambda file: torch.save(state, file))
+        try:
+            write_atomically(self.checkpoints / f"step-{step:09d}.pt", lambda file: torch.save(state, file))
+        except RuntimeError as error:  # how torch.save reports a full disk
+            raise OSError(f"cannot write a checkpoint: {error}") from error
         for path in self._checkpoint_files()[:-CHECKPOINTS_KEPT]:
             path.unlink()
 

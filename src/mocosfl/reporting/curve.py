@@ -43,6 +43,8 @@ def draw_curve(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> Non
         else:
             axes.plot(epochs, values, color="C0", alpha=0.3, linewidth=0.8)
             axes.plot(epochs, _running_mean(values), color="C0")
+        axes.margins(y=0.15)
+        axes.set_xlim(left=0)
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
         axes.grid(alpha=0.25)
