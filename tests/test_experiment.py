@@ -41,13 +41,17 @@ def small(**changes: object) -> Config:
     return Config().updated(base | changes)
 
 
+class Killed(Exception):
+    pass
+
+
 class StopAt(Callback):
     def __init__(self, step: int) -> None:
         self.step = step
 
     def after_step(self, trainer: Trainer, metrics: dict[str, torch.Tensor]) -> None:
         if trainer.step == self.step:
-            raise InterruptedError
+            raise Killed
 
 
 class PoliteStop(StopAt):
@@ -72,12 +76,12 @@ POOLED = {
 }
 
 
-@pytest.mark.parametrize("changes", [{}, POOLED, {"model.server_norm": "batch", "train.warmup": 0.1}], ids=str)
+@pytest.mark.parametrize("changes", [{}, POOLED, {"model.server_norm": "batch", "train.warmup": 0.3}], ids=str)
 @pytest.mark.parametrize("kill_at", [1, 7, 11])
 def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path: Path, changes: dict, kill_at: int) -> None:
     config = small(**changes)
     whole = mocosfl.train(config, tmp_path / "whole")
-    with pytest.raises(InterruptedError):
+    with pytest.raises(Killed):
         mocosfl.train(config, tmp_path / "cut", callbacks=(StopAt(kill_at),))
     with (tmp_path / "cut/metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')  # as if killed while writing
@@ -112,6 +116,8 @@ def test_the_run_folder(tmp_path: Path) -> None:
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
         "config.yaml",
+        "data.json",
+        ".lock",
         "metrics.jsonl",
         "tensorboard",
         "checkpoints",
@@ -130,7 +136,7 @@ def test_the_run_folder(tmp_path: Path) -> None:
         assert curve.size[0] > 600
     lines = without_times(tmp_path / "run")
     assert [line["step"] for line in lines if "loss" in line] == [5, 10, 12]
-    assert [line["step"] for line in lines if "knn" in line] == [0, 7, 12]
+    assert [line["step"] for line in lines if "knn_held_out" in line] == [0, 7, 12]
     assert result.metrics == json.loads((tmp_path / "run/result.json").read_text())
     assert result.metrics["bank_images"] == 1438
     assert result.metrics["test_images"] == 359
@@ -171,7 +177,10 @@ def test_an_encoder_that_is_missing_or_damaged(tmp_path: Path) -> None:
         mocosfl.load_encoder(tmp_path / "run")
 
 
-def test_held_out_and_test_images_stay_out_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_held_out_and_test_images_stay_out_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, norm: str
+) -> None:
     """Neither statistics nor a client ever reads a held-out or a test image, and kNN has no say in the result."""
     seen: dict[str, set[int]] = {"statistics": set(), "clients": set()}
 
@@ -208,7 +217,7 @@ def test_held_out_and_test_images_stay_out_of_training(tmp_path: Path, monkeypat
     monkeypatch.setattr(experiment, "channel_statistics", statistics)
     monkeypatch.setattr(experiment.LocalCohort, "forward", watched)
     monkeypatch.setattr(experiment, "federate", spied)
-    config = small(**{"train.epochs": 1.5})
+    config = small(**{"train.epochs": 1.2, "model.server_norm": norm})
     mocosfl.train(config, tmp_path / "run")
     federation = federations[0]
     train, held = set(federation.train_rows.tolist()), set(federation.held_out.tolist())
@@ -217,10 +226,10 @@ def test_held_out_and_test_images_stay_out_of_training(tmp_path: Path, monkeypat
     assert train | held == set(range(len(federation.splits.train)))
     assert seen["statistics"] == seen["clients"] == train == set(federation.partition.rows.tolist())
 
-    monkeypatch.setattr(experiment, "knn_accuracy", lambda *args: 12.5)  # whatever the monitor says ...
+    monkeypatch.setattr(experiment, "_monitor", lambda *parts: lambda: 12.5)  # nobody looks at the held-out images
     mocosfl.train(config, tmp_path / "blind")
     weights = [(tmp_path / name / "encoder.safetensors").read_bytes() for name in ("run", "blind")]
-    assert weights[0] == weights[1]  # ... nothing follows from it
+    assert weights[0] == weights[1]
 
 
 def test_held_out_images_are_of_all_classes() -> None:
@@ -252,7 +261,7 @@ def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_good_checkpoint(t
 
     with pytest.raises(RunError, match=r"loss at step 6 is not finite; .* the checkpoint of step 4 is safe"):
         mocosfl.train(small(**{"train.log_every": 6}), tmp_path / "run", callbacks=(Explode(),))
-    state = Run.open(tmp_path / "run").load_checkpoint()
+    state = Run.open(tmp_path / "run").load_checkpoint(print)
     assert state["step"] == 4
     assert all(t.isfinite().all() for t in state["server"]["online"].values())
     assert "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
@@ -274,11 +283,53 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter1.tex").touch()
     for overwrite in (False, True):
-        with pytest.raises(RunError, match="is not empty and not a run"):
+        with pytest.raises(RunError, match=r"files that are not of a run \(chapter1\.tex\)"):
             mocosfl.train(small(), tmp_path / "thesis", overwrite=overwrite)
     assert (tmp_path / "thesis/chapter1.tex").exists()
     assert mocosfl.train(small(seed=5), tmp_path / "run", overwrite=True).finished
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["seed"] == 5
+
+
+def test_overwriting_deletes_nothing_but_a_run(tmp_path: Path) -> None:
+    mocosfl.train(small(), tmp_path / "run", callbacks=(PoliteStop(2),))
+    (tmp_path / "run/notes.txt").write_text("mine")
+    with pytest.raises(RunError, match=r"files that are not of a run \(notes\.txt\)"):
+        mocosfl.train(small(), tmp_path / "run", overwrite=True)
+    assert (tmp_path / "run/notes.txt").exists()
+    assert Run.open(tmp_path / "run").latest_step == 2
+
+
+@pytest.mark.parametrize("left", [["checkpoints"], [".config.yaml.17.tmp"], ["checkpoints", "data.json"]])
+def test_a_folder_half_made_or_half_deleted_can_be_used(tmp_path: Path, left: list[str]) -> None:
+    (tmp_path / "run").mkdir()
+    for name in left:
+        if name == "checkpoints":
+            (tmp_path / "run" / name).mkdir()
+        else:
+            (tmp_path / "run" / name).write_text("half")
+    assert mocosfl.train(small(), tmp_path / "run").finished
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path: Path) -> None:
+    mocosfl.train(small(), tmp_path / "run", callbacks=(PoliteStop(2),))
+    with Run.open(tmp_path / "run").locked():
+        for how in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(RunError, match="another process is training"):
+                mocosfl.train(small(), tmp_path / "run", **how)
+    assert Run.open(tmp_path / "run").latest_step == 2
+
+
+def test_resume_with_other_images_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index in range(50):
+        pixels = np.random.default_rng(index).integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    config = small(**{"data.source": str(folder), "partition.kind": "iid", "train.epochs": 12})
+    mocosfl.train(config, tmp_path / "run", callbacks=(PoliteStop(2),))
+    (folder / "0.png").unlink()
+    with pytest.raises(RunError, match=r"the images are no longer those that .*run began with"):
+        mocosfl.train(config, tmp_path / "run", resume=True)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
@@ -314,6 +365,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path) -> No
     assert mocosfl.train(small(), tmp_path / "run", resume=True).finished
     weights = [(tmp_path / name / "encoder.safetensors").read_bytes() for name in ("whole", "run")]
     assert weights[0] == weights[1]
+    assert (tmp_path / "run/checkpoints/step-000000012.damaged").exists()
     for path in (tmp_path / "run/checkpoints").iterdir():
         path.write_bytes(b"")
     with pytest.raises(RunError, match=r"no checkpoint of .* can be read"):

@@ -146,13 +146,13 @@ def test_vectorised_and_looped_clients_train_alike(changes: dict) -> None:
 
 
 def test_rates_warm_up_and_fall_along_a_cosine_in_steps() -> None:
-    config = settings(**{"train.warmup": 1, "train.lr": 0.5, "clients.lr": 0.1})
+    config = settings(**{"train.warmup": 0.2, "train.lr": 0.5, "clients.lr": 0.1})
     data, half, server, sampler = parts(config)
     trainer = Trainer(config, LocalCohort(half, config, data, sampler, MEAN, STD, CPU), server, 30)
     rates = []
     for step in range(trainer.steps):
         trainer.step = step
-        rates.append(trainer.learning_rates())
+        rates.append(trainer._learning_rates())
     server_lr, client_lr = (np.array(column) for column in zip(*rates, strict=True))
     assert server_lr[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
     assert server_lr[5:] == pytest.approx([0.25 * (1 + math.cos(math.pi * i / 20)) for i in range(20)])
@@ -181,7 +181,7 @@ def test_sync_points() -> None:
     every_two = events(**{"sync.every": 2, "train.epochs": 1})
     assert every_two == "..s..s.s"  # and at the end
     pools = events(**{"sync.every": 3, "clients.pool": 2, "clients.round": 4, "train.epochs": 0.6})
-    assert pools == "a...s.sa..s..sa.s"  # before the pool changes, too
+    assert pools == "a...s.sa...s.sa.s"  # counted within the round
     assert events(**{"sync.every": 0, "train.epochs": 1}) == ".....s"
 
 
@@ -197,11 +197,12 @@ def test_a_loss_that_is_not_finite_is_named_by_its_step(bad: float) -> None:
         trainer.check()
 
 
-def test_weights_that_are_not_finite_are_found_before_the_loss_shows_them() -> None:
+def test_a_state_with_a_weight_that_is_not_finite_is_not_kept() -> None:
     config = settings()
     data, half, server, sampler = parts(config)
     trainer = Trainer(config, LocalCohort(half, config, data, sampler, MEAN, STD, CPU), server, 30)
-    trainer.check()
+    trainer.state_dict()
     next(iter(trainer.cohort.online.values())).data[2] = float("inf")
+    trainer.check()  # the loss does not show it yet
     with pytest.raises(RunError, match="a weight is not finite"):
-        trainer.check()
+        trainer.state_dict()

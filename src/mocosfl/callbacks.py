@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -26,33 +27,29 @@ class MetricsLog(Callback):
         self.run = run
         self.sums: dict[str, Tensor] = {}
         self.count = 0
-        self.seconds = 0.0  # of training, over all resumes
+        self.seconds = 0.0  # over all resumes
+        self.window = 0.0  # seconds of the steps since the last line
 
     def before_training(self, trainer: Trainer) -> None:
         """Open the log where the run stands."""
         self.run.rewind_metrics(-1 if self.run.latest_step is None else trainer.step)
-        self.writer = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=trainer.step)
+        resumed = trainer.step + 1 if trainer.step else None
+        self.writer = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=resumed)
         self.last = time.monotonic()
-        self.last_step = trainer.step
 
     def after_step(self, trainer: Trainer, metrics: dict[str, Tensor]) -> None:
         """Add to the sums; every so many steps, write their means."""
         for name, value in metrics.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
         self.count += 1
+        self.window += self._tick()
         if trainer.step % trainer.config.train.log_every == 0 or trainer.step == trainer.steps:
             trainer.check()
-            elapsed = self._tick()
             means = {name: float(total) / self.count for name, total in self.sums.items()}
-            server_lr, client_lr = trainer.learning_rates()
-            images = (trainer.step - self.last_step) * trainer.config.step_images
-            means |= {
-                "server_lr": server_lr,
-                "client_lr": client_lr,
-                "images_per_second": images / max(elapsed, 1e-9),
-            }
-            self.last_step = trainer.step
-            self.sums, self.count = {}, 0
+            means["server_lr"], means["client_lr"] = trainer.rates
+            self.window += self._tick()  # the device has caught up
+            means["images_per_second"] = self.count * trainer.config.step_images / max(self.window, 1e-9)
+            self.sums, self.count, self.window = {}, 0, 0.0
             self.write(trainer, means)
 
     def write(self, trainer: Trainer, values: dict[str, float]) -> None:
@@ -76,11 +73,12 @@ class MetricsLog(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The sums under way and the seconds spent."""
-        return {"sums": self.sums, "count": self.count, "seconds": self.seconds}
+        return {"sums": self.sums, "count": self.count, "seconds": self.seconds, "window": self.window}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state_dict``'s result."""
-        self.sums, self.count, self.seconds = dict(state["sums"]), state["count"], state["seconds"]
+        self.sums, self.count = dict(state["sums"]), state["count"]
+        self.seconds, self.window = state["seconds"], state["window"]
 
 
 class Monitor(Callback):
@@ -96,7 +94,7 @@ class Monitor(Callback):
 
     def before_training(self, trainer: Trainer) -> None:
         """Measure the untrained encoder."""
-        if "knn" not in trainer.latest:
+        if "knn_held_out" not in trainer.latest:
             self._measure(trainer)
 
     def after_step(self, trainer: Trainer, metrics: dict[str, Tensor]) -> None:
@@ -106,7 +104,7 @@ class Monitor(Callback):
             self._measure(trainer)
 
     def _measure(self, trainer: Trainer) -> None:
-        self.log.write(trainer, {"knn": self.knn()})
+        self.log.write(trainer, {"knn_held_out": self.knn()})
 
 
 class Checkpoints(Callback):
@@ -131,7 +129,6 @@ class Checkpoints(Callback):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        trainer.check()
         self.run.save_checkpoint(trainer.step, trainer.state_dict())
 
 
@@ -161,7 +158,9 @@ class ProgressLine(Callback):
         due = time.monotonic() - self.printed > SECONDS_BETWEEN_LINES or trainer.step == trainer.steps
         if not self.console.is_terminal and due:
             self.printed = time.monotonic()
-            self.console.print(_facts(trainer), highlight=False, soft_wrap=True)
+            left = self.bar.tasks[0].time_remaining
+            ending = "" if left is None else f"  {timedelta(seconds=round(left))} left"
+            self.console.print(_facts(trainer) + ending, highlight=False, soft_wrap=True)
 
     def after_training(self, trainer: Trainer) -> None:
         """Stop drawing."""
@@ -193,7 +192,7 @@ def _facts(trainer: Trainer) -> str:
         ("images_per_second", "{:.0f} images/s"),
         ("loss", "loss {:.3f}"),
         ("contrast_accuracy", "contrast {:.1%}"),
-        ("knn", "kNN {:.1f} %"),
+        ("knn_held_out", "kNN {:.1f} %"),
     ):
         if name in latest:
             facts.append(text.format(latest[name]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mocosfl.config import Config
-from mocosfl.errors import MocosflError
+from mocosfl.errors import MocosflError, nearest
 from mocosfl.recipes import RECIPES, recipe
 
 INTERRUPTED = 130
@@ -110,10 +109,7 @@ def _evaluate(args: Sequence[str]) -> int:
     given = tyro.cli(EvaluateArguments, prog="mocosfl evaluate", args=args)
     from mocosfl.experiment import evaluate
 
-    metrics = evaluate(given.run, console, given.device)
-    if not metrics:
-        console.print("no labels to evaluate with: the encoder is trained, its accuracy cannot be told")
-    _print_figures(metrics)
+    _print_figures(evaluate(given.run, console, given.device))
     return 0
 
 
@@ -217,13 +213,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mocosfl {__version__}")
         return 0
     if args[0] not in COMMANDS:
-        near = difflib.get_close_matches(args[0], COMMANDS, n=1, cutoff=0.4)
-        errors.print(f"unknown command {args[0]}" + (f"; did you mean {near[0]}?" if near else ""), highlight=False)
+        errors.print(f"unknown command {args[0]}; {nearest(args[0], COMMANDS)}".rstrip("; "), highlight=False)
         errors.print(_usage(), highlight=False)
         return 2
     try:
         return COMMANDS[args[0]][0](args[1:])
-    except MocosflError as error:
+    except (MocosflError, OSError) as error:
         errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@ from torch.func import functional_call, vmap
 from mocosfl.config import Config
 from mocosfl.contrast import update_momentum
 from mocosfl.data.augment import AugmentParameters, Policy, augment, normalise
-from mocosfl.data.images import ImageSet
+from mocosfl.data.images import ImageSet, upload
 from mocosfl.data.sampler import ClientSampler
 from mocosfl.sync import fedavg
 
@@ -136,15 +136,15 @@ class LocalCohort:
     @torch.no_grad()
     def activate(self, pool: NDArray[np.int64]) -> None:
         """Swap the pool; call it only where the halves have just been averaged."""
-        leave, enter = (torch.from_numpy(ids).to(self.device) for ids in (self.pool, pool))
+        leave, enter = (upload(ids, self.device) for ids in (self.pool, pool))
         kept = self._kept()
         for group, stack in kept.items():
             for name, tensor in stack.items():
                 self.bank[group][name][leave] = tensor
                 tensor.copy_(self.bank[group][name][enter])
         if "velocity" not in kept and not np.array_equal(pool, self.pool):
-            stays = torch.from_numpy(np.isin(pool, self.pool)).to(self.device)
-            seat = torch.from_numpy(np.searchsorted(self.pool, pool).clip(max=len(pool) - 1)).to(self.device)
+            stays = upload(np.isin(pool, self.pool), self.device)
+            seat = upload(np.searchsorted(self.pool, pool).clip(max=len(pool) - 1), self.device)
             for tensor in self.velocity.values():
                 tensor.copy_(tensor[seat] * stays.view(-1, *[1] * (tensor.ndim - 1)))
         self.pool = pool
@@ -223,7 +223,7 @@ class LocalCohort:
     def _weights(self) -> Tensor:
         """(P,) images contributed since the last average; equal where nobody has contributed yet."""
         images = self.contributed if self.contributed.any() else np.ones_like(self.contributed)
-        return torch.from_numpy(images).to(self.device, torch.float32)
+        return upload(images.astype(np.float32), self.device)
 
     @torch.no_grad()
     def average(self) -> dict[str, Tensor]:

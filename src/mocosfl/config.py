@@ -6,14 +6,13 @@ unless the sentence beside a setting says otherwise.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mocosfl.errors import SettingError
+from mocosfl.errors import SettingError, nearest
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -144,7 +143,8 @@ class ModelSettings(Settings):
     client_norm: Literal["group", "batch"] = "group"
     """Normalisation in the client half: group (GroupNorm and weight standardisation) or batch."""
     server_norm: Literal["group", "batch"] = "group"
-    """Normalisation in the server half. batch sees the concatenated batch of all clients."""
+    """Normalisation in the server half. batch averages over the concatenated batch of all clients, and over both ways
+    of a symmetric loss."""
     head: Literal["v1", "small", "v2", "large"] = "v2"
     """Projection head: v1 is linear to 128; small linear to 512; v2 1024-1024 with ReLU; large 4096-2048 with
     BatchNorm and ReLU."""
@@ -192,11 +192,13 @@ class ClientSettings(Settings):
     """B: images of one client in one step."""
     lr: Annotated[float, Field(gt=0)] | None = None
     """Learning rate of the client halves. Unset: the server's."""
-    lr_scale: Literal["per_client_mean", "batch_mean"] = "per_client_mean"
-    """per_client_mean: a client descends the mean loss of its own images. batch_mean: its share of the mean over the
-    concatenated batch (as published), which is as many times smaller as there are clients in the pool."""
+    lr_scale: Literal["batch_mean", "per_client_mean"] = "batch_mean"
+    """batch_mean: a client's gradient is its share of the mean loss over the concatenated batch (as published).
+    per_client_mean: it is that of the mean loss of its own images, as many times larger as there are clients in the
+    pool. Measured: batch_mean is better (README)."""
     keep_optimizer: bool = False
-    """Keep a client's SGD momentum while it is outside the pool. Off: it starts from zero when it comes back."""
+    """Keep a client's SGD momentum while it is outside the pool. Off: it starts from zero when it comes back. With
+    all clients active nobody is ever outside."""
 
 
 class SyncSettings(Settings):
@@ -223,12 +225,12 @@ class TrainSettings(Settings):
     """SGD momentum of server and clients."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     """Weight decay of server and clients."""
-    warmup: Annotated[float, Field(ge=0)] = 0
-    """Epochs over which the learning rates rise from zero; from there they fall to zero along a cosine."""
+    warmup: Share = 0
+    """Share of the steps over which the learning rates rise from zero; then they fall to zero along a cosine."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: the networks run under bfloat16 autocast; weights, loss and queue stay fp32."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps, or auto: the fastest that this machine has."""
+    """cpu, cuda, cuda:1, mps, or auto: cuda if this machine has it, else cpu."""
     log_every: Count = 10
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: Count = 200
@@ -288,10 +290,6 @@ class Config(Settings):
                 f"contrast.queue={contrast.queue}: without feature sharing each of the {clients.number} clients "
                 "needs at least one key of its own"
             )
-        if self.train.warmup >= self.train.epochs:
-            raise ValueError(
-                f"train.warmup={self.train.warmup:g}: must be shorter than train.epochs={self.train.epochs:g}"
-            )
         return self
 
     @property
@@ -338,7 +336,7 @@ class Config(Settings):
             target = values
             for group in groups:
                 if not isinstance(target.get(group), dict):
-                    raise SettingError(f"unknown setting {name}{_nearest(name)}")
+                    raise SettingError(_unknown(name))
                 target = target[group]
             target[last] = value
         return Config(**values)
@@ -356,9 +354,9 @@ def setting_names(settings: type[BaseModel] = Config, prefix: str = "") -> list[
     return names
 
 
-def _nearest(name: str) -> str:
-    near = difflib.get_close_matches(name, setting_names(), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
+def _unknown(name: str) -> str:
+    hint = nearest(name, setting_names())
+    return f"unknown setting {name}" + (f"; {hint}" if hint else "")
 
 
 def _explain(error: ValidationError, group: str) -> str:
@@ -368,7 +366,7 @@ def _explain(error: ValidationError, group: str) -> str:
         parts = [group, *(part for part in item["loc"] if isinstance(part, str) and "[" not in part)]
         name = ".".join(part for part in parts if part)
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown setting {name}{_nearest(name)}")
+            lines.append(_unknown(name))
         elif item["type"] == "value_error":  # our own rules name their settings
             lines += str(item["ctx"]["error"]).splitlines()
         else:

@@ -1,5 +1,10 @@
 """Errors that are the user's to mend. The command line prints their message alone, without a traceback."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class MocosflError(Exception):
     """Base of all errors below."""
@@ -15,3 +20,9 @@ class DataError(MocosflError):
 
 class RunError(MocosflError):
     """A run folder cannot be used, or a run had to stop; the message says what is safe and what to do."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``did you mean X?`` for the known word most like ``word``; empty where none is."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else ""

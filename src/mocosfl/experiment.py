@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
 import platform
 import signal
 import threading
@@ -22,7 +24,7 @@ from torch import Tensor
 from mocosfl.callbacks import Checkpoints, MetricsLog, Monitor, ProgressLine
 from mocosfl.clients import LocalCohort
 from mocosfl.config import Config
-from mocosfl.data.images import ImageSet, channel_statistics
+from mocosfl.data.images import ImageSet, channel_statistics, upload
 from mocosfl.data.partition import Partition, partition
 from mocosfl.data.sampler import ClientSampler
 from mocosfl.data.sources import Splits, balanced, load
@@ -31,15 +33,11 @@ from mocosfl.errors import RunError, SettingError
 from mocosfl.evaluation import extract, knn_accuracy, linear_probe
 from mocosfl.models import build_head
 from mocosfl.models.heads import WIDTHS
+from mocosfl.randomness import stream
 from mocosfl.reporting.curve import draw_curve
 from mocosfl.run import Run
 from mocosfl.server import Server
 from mocosfl.trainer import Callback, Trainer
-
-_HELD_OUT_STREAM, _BANK_STREAM = (
-    0x68656C64,
-    0x62616E6B,
-)  # "held", "bank": keep their draws apart from all others
 
 
 @dataclass(frozen=True)
@@ -69,10 +67,10 @@ def federate(config: Config, say: Callable[[str], None]) -> Federation:
     labels, rows = splits.train.labels, np.arange(len(splits.train))
     held_out = rows[:0]
     if labels is None:
-        say("data: no labels; the kNN monitor and the evaluation at the end are skipped")
+        say("data: the images have no labels; the kNN monitor is skipped")
     elif config.data.held_out > 0:
         count = round(config.data.held_out * len(rows))
-        held_out = balanced(rows, labels, count, np.random.default_rng([config.seed, _HELD_OUT_STREAM]))
+        held_out = balanced(rows, labels, count, np.random.default_rng(stream(config.seed, "held out")))
         rows = np.setdiff1d(rows, held_out)
     classes = len(splits.train.classes) if splits.train.classes is not None else None
     held = partition(
@@ -154,33 +152,60 @@ def train(
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     device = choose_device(config.train.device)
     if resume:
-        run = Run.open(out)
-        run.check_resumable(config)
-        run.check_writable()
-    federation = federate(config, say)  # before the folder is made: bad data leaves nothing behind
+        Run.open(out).check_resumable(config)
+    else:
+        Run.check_free(out, overwrite)
+    federation = federate(config, say)
+    parts = _build(config, federation, device)  # what does not fit fails here, before the folder is touched
+    run = Run(Path(out), config) if resume else Run.create(out, config, overwrite)
+    with run.locked(), _reproducible(device):
+        run.check_data(_data_facts(federation, parts.encoder))
+        return _train(run, federation, parts, callbacks, console, say)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    encoder: Encoder
+    cohort: LocalCohort
+    server: Server
+    device: torch.device
+
+
+def _build(config: Config, federation: Federation, device: torch.device) -> _Parts:
+    """Models, clients and server in their initial state."""
     images = federation.splits.train.to(device)
     mean, std = channel_statistics(images, federation.train_rows)
-    channels, size = images.shape[0], images.shape[-1]
-    encoder = Encoder(config.model, channels, size, config.seed).to(device)
+    encoder = Encoder(config.model, images.shape[0], images.shape[-1], config.seed)
     encoder.mean.copy_(torch.tensor(mean))
     encoder.std.copy_(torch.tensor(std))
+    encoder.to(device)
     head = build_head(config.model.head, encoder.features, config.seed)
     sampler = ClientSampler(federation.partition, config.seed)
     cohort = LocalCohort(encoder.client, config, images, sampler, encoder.mean, encoder.std, device)
     server = Server(encoder.server, head, config, WIDTHS[config.model.head], device)
-    if not resume:
-        run = Run.create(out, config, overwrite)
+    return _Parts(encoder, cohort, server, device)
 
+
+def _train(
+    run: Run,
+    federation: Federation,
+    parts: _Parts,
+    callbacks: tuple[Callback, ...],
+    console: Console,
+    say: Callable[[str], None],
+) -> Result:
+    """From the initial state or the latest checkpoint to the end of the run."""
+    config, encoder, cohort = run.config, parts.encoder, parts.cohort
     log, line = MetricsLog(run), ProgressLine(console)
     built_in: list[Callback] = [log]
     if len(federation.held_out):
         built_in.append(Monitor(log, _monitor(config, federation, cohort, encoder)))
     built_in += [Checkpoints(run), line]
-    trainer = Trainer(config, cohort, server, len(federation.train_rows), [*built_in, *callbacks])
-    if resume and (state := run.load_checkpoint()) is not None:
+    trainer = Trainer(config, cohort, parts.server, len(federation.train_rows), [*built_in, *callbacks])
+    if (state := run.load_checkpoint(say)) is not None:
         trainer.load_state_dict(state)
         say(f"resuming {run.path} at step {trainer.step} of {trainer.steps}")
-    say(_describe(config, federation, encoder, trainer, device))
+    say(_describe(config, federation, encoder, trainer))
     try:
         with _stop_on_signal(trainer), contextlib.closing(line):
             trainer.run()
@@ -191,17 +216,41 @@ def train(
             return Result(run.path, encoder, metrics, finished=False)
         encoder.save(run.path, {"data": config.data.source, "recipe": config.recipe, "steps": trainer.step})
         draw_curve(list(run.metrics()), run.path / "curve.png", f"{config.recipe}: {config.clients.number} clients")
-        if "knn" in metrics:
-            metrics["knn_held_out"] = metrics.pop("knn")
-        metrics |= _evaluate(config, federation.splits, encoder, device)
+        metrics |= _evaluate(config, federation.splits, encoder, say)
+        cuda = parts.device.type == "cuda"
+        metrics["device"] = torch.cuda.get_device_name(parts.device) if cuda else platform.machine()
         metrics["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
-        metrics["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         run.write_json("result.json", metrics)
     except (RunError, OSError) as error:
         kept = run.latest_step
         safe = "no checkpoint has been written" if kept is None else f"the checkpoint of step {kept} is safe"
         raise RunError(f"{error}; {safe} in {run.path}") from error
     return Result(run.path, encoder, metrics, finished=True)
+
+
+def _data_facts(federation: Federation, encoder: Encoder) -> dict[str, Any]:
+    """What tells these images, and who holds them, from others."""
+    held = federation.partition
+    digest = hashlib.sha256(held.rows.tobytes() + held.offsets.tobytes())
+    mean, std = encoder.mean.tolist(), encoder.std.tolist()
+    return {"images": len(held.rows), "mean": mean, "std": std, "partition_sha256": digest.hexdigest()}
+
+
+@contextlib.contextmanager
+def _reproducible(device: torch.device) -> Iterator[None]:
+    """On a GPU: kernels that add in a fixed order, and no TF32 where fp32 is asked for."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.allow_tf32
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def evaluate(path: str | Path, console: Console | None = None, device: str = "auto") -> dict[str, Any]:
@@ -224,36 +273,48 @@ def evaluate(path: str | Path, console: Console | None = None, device: str = "au
     chosen = choose_device(device)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     splits = load(run.config.data, run.config.seed, say)
-    metrics = _evaluate(run.config, splits, encoder.to(chosen), chosen)
+    metrics = _evaluate(run.config, splits, encoder.to(chosen), say)
     if metrics:
         run.write_json("evaluation.json", metrics)
     return metrics
 
 
-def _evaluate(config: Config, splits: Splits, encoder: Encoder, device: torch.device) -> dict[str, Any]:
+def _evaluate(config: Config, splits: Splits, encoder: Encoder, say: Callable[[str], None]) -> dict[str, Any]:
     """kNN before and after training, and linear probe, with all training images as bank and the whole test set."""
     train, test = splits.train, splits.test
-    if train.labels is None or test is None or test.labels is None or train.classes is None:
+    if train.labels is None or train.classes is None or test is None or test.labels is None:
+        say("evaluation: it needs training and test images with labels, and is skipped")
         return {}
+    device, settings, classes = encoder.mean.device, config.evaluation, len(train.classes)
     untrained = Encoder(config.model, encoder.channels, encoder.size, config.seed).to(device)
     untrained.mean.copy_(encoder.mean)
     untrained.std.copy_(encoder.std)
-    settings, classes = config.evaluation, len(train.classes)
-    labels = [torch.from_numpy(np.asarray(split.labels)).to(device) for split in (train, test)]
-    metrics: dict[str, Any] = {"bank_images": len(train), "test_images": len(test)}
-    for name, model in (("knn_untrained", untrained), ("knn", encoder)):
+    train_labels, test_labels = upload(train.labels, device), upload(test.labels, device)
+
+    def features(model: Encoder) -> tuple[Tensor, Tensor]:
         bank, queries = (_features(model, split, np.arange(len(split)), settings.batch) for split in (train, test))
-        metrics[name] = knn_accuracy(bank, labels[0], queries, labels[1], settings.k, settings.temperature, classes)
+        return bank, queries
+
+    def knn(bank: Tensor, queries: Tensor) -> float:
+        return knn_accuracy(bank, train_labels, queries, test_labels, settings.k, settings.temperature, classes)
+
+    bank, queries = features(encoder)
+    metrics: dict[str, Any] = {
+        "bank_images": len(train),
+        "test_images": len(test),
+        "knn_untrained": knn(*features(untrained)),
+        "knn": knn(bank, queries),
+    }
     if settings.probe_epochs:
         probe = linear_probe(
             bank,
-            labels[0],
+            train_labels,
             queries,
-            labels[1],
+            test_labels,
             classes,
             settings.probe_epochs,
             settings.probe_lr,
-            config.seed,
+            stream(config.seed, "probe"),
         )
         metrics |= {"linear_probe": probe.accuracy, "linear_probe_train": probe.train_accuracy}
     return metrics
@@ -268,9 +329,9 @@ def _monitor(config: Config, federation: Federation, cohort: LocalCohort, encode
     assert images.labels is not None
     assert images.classes is not None
     count = min(settings.monitor_bank, len(federation.train_rows))
-    rng = np.random.default_rng([config.seed, _BANK_STREAM])
+    rng = np.random.default_rng(stream(config.seed, "bank"))
     rows = (balanced(federation.train_rows, images.labels, count, rng), federation.held_out)
-    bank_labels, query_labels = (torch.from_numpy(images.labels[part]).to(device) for part in rows)
+    bank_labels, query_labels = (upload(images.labels[part], device) for part in rows)
     classes = len(images.classes)
 
     def knn() -> float:
@@ -288,7 +349,7 @@ def _features(encoder: Encoder, images: ImageSet, rows: NDArray[np.int64], batch
     return extract(encoder, batches)
 
 
-def _describe(config: Config, federation: Federation, encoder: Encoder, trainer: Trainer, device: torch.device) -> str:
+def _describe(config: Config, federation: Federation, encoder: Encoder, trainer: Trainer) -> str:
     """What is about to run, in three lines."""
     model, sizes = config.model, federation.partition.sizes
     kind = {
@@ -306,7 +367,7 @@ def _describe(config: Config, federation: Federation, encoder: Encoder, trainer:
         f"clients: {len(sizes)}, {kind}, {images} images each, batch {config.clients.batch}{pool}; "
         f"latents {latent}\n"
         f"server:  {model.backbone} of width {model.width} cut after {model.cut}, {trainer.steps} steps of "
-        f"{config.step_images} images on {device}"
+        f"{config.step_images} images on {trainer.server.device}"
     )
 
 

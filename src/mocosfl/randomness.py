@@ -20,7 +20,7 @@ ROUNDS = 32
 """Rounds of the shuffle. 6 log2(n) rounds mix n items well; 32 serves clients of up to some thousands of images,
 and for larger ones still gives a permutation."""
 
-POOL, ORDER, AUGMENT = 1, 2, 3
+POOL, ORDER, AUGMENT, STREAM = 1, 2, 3, 4
 """First counter of each use, so that no two uses ever share a number."""
 
 
@@ -57,6 +57,19 @@ def uniform(*counters: ArrayLike) -> NDArray[np.float32]:
         float32, of the broadcast shape.
     """
     return (bits(*counters) >> _S40).astype(np.float32) * np.float32(2**-24)
+
+
+def stream(seed: int, use: str) -> int:
+    """A seed of its own for each use of a generator: equal seeds would draw equal numbers.
+
+    Args:
+        seed: the run's seed.
+        use: names the use, such as ``queue``.
+
+    Returns:
+        An integer in [0, 2**63).
+    """
+    return int(bits(seed, STREAM, *use.encode()) >> np.uint64(1))
 
 
 def permuted(position: ArrayLike, size: ArrayLike, *counters: ArrayLike) -> NDArray[np.int64]:

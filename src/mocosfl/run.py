@@ -3,12 +3,13 @@
 ::
 
     config.yaml          every setting; `mocosfl train RUN/config.yaml` repeats the run
+    data.json            which images it was trained on: their number, statistics and a checksum
     metrics.jsonl        one line every `train.log_every` steps, and one for each kNN
     tensorboard/         the same for TensorBoard
     checkpoints/         the last two, everything needed to go on
     encoder.safetensors  the trained encoder's weights; encoder.json says how to rebuild it
     curve.png            loss, contrast accuracy and kNN over the run
-    result.json          the figures at the end
+    result.json          the figures at the end; evaluation.json those of `mocosfl evaluate`
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,31 @@ import torch
 
 from mocosfl.config import Config
 from mocosfl.errors import RunError
-from mocosfl.files import write_atomically
+from mocosfl.files import remove_unfinished, write_atomically
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 CHECKPOINTS_KEPT = 2
+FILES = (
+    "config.yaml",
+    "data.json",
+    "metrics.jsonl",
+    "tensorboard",
+    "checkpoints",
+    "encoder.safetensors",
+    "encoder.json",
+    "curve.png",
+    "result.json",
+    "evaluation.json",
+    ".lock",
+)
+"""What a run writes."""
+
 RESUMABLE = ("train.device", "train.log_every", "train.checkpoint_every", "data.memory", "evaluation.batch")
-"""Settings that may differ when a run is resumed: they do not change its numbers."""
+"""Settings that may differ when a run is resumed: they do not change its numbers (a device, by rounding alone)."""
 
 
 class Run:
@@ -57,24 +79,57 @@ class Run:
         Raises:
             RunError: the folder is in use or cannot be written; nothing has been touched.
         """
-        path = Path(path)
+        cls.check_free(path, overwrite)
+        run = cls(Path(path), config)
         try:
-            if path.is_dir() and any(path.iterdir()):
-                if not (path / "config.yaml").is_file():
-                    raise RunError(f"{path} is not empty and not a run; choose another folder with --out")
-                if not overwrite:
-                    raise RunError(
-                        f"{path} already holds a run; continue it with `mocosfl train --resume {path}`, "
-                        "replace it with --overwrite, or choose another folder with --out"
-                    )
-                shutil.rmtree(path)
-            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            run = cls(path, config)
-            run.write("config.yaml", config.to_yaml())
+            if (run.path / "config.yaml").exists():
+                with run.locked():
+                    run._delete()
+            elif run.path.exists():
+                run._delete()  # what is left of one that was half made or half deleted
+            run.path.mkdir(parents=True, exist_ok=True)
+            run.write("config.yaml", config.to_yaml())  # first: from here on the folder is a run
+            run.checkpoints.mkdir()
             run.metrics_file.touch()
         except OSError as error:
             raise RunError(f"cannot write to the run folder {path}: {error.strerror}") from error
         return run
+
+    @staticmethod
+    def check_free(path: str | Path, overwrite: bool = False) -> None:
+        """Find out, before any work is done, whether ``create`` would accept a folder.
+
+        Raises:
+            RunError: it would not.
+        """
+        path = Path(path)
+        try:
+            names = {entry.name for entry in path.iterdir()} if path.exists() else set()
+        except OSError as error:
+            raise RunError(f"cannot write to the run folder {path}: {error.strerror}") from error
+        foreign = {name for name in names - set(FILES) if not name.endswith(".tmp")}
+        if foreign:
+            raise RunError(
+                f"{path} holds files that are not of a run ({', '.join(sorted(foreign)[:3])}); "
+                "choose another folder with --out"
+            )
+        if "config.yaml" in names and not overwrite:
+            raise RunError(
+                f"{path} already holds a run; continue it with `mocosfl train --resume {path}`, "
+                "replace it with --overwrite, or choose another folder with --out"
+            )
+        parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise RunError(f"cannot write to the run folder {path}: {parent} does not allow it")
+
+    def _delete(self) -> None:
+        """Delete what a run writes, the configuration last: until then the folder is a run."""
+        for name in reversed(FILES):
+            target = self.path / name
+            if target.is_dir():
+                shutil.rmtree(target)
+            else:
+                target.unlink(missing_ok=True)
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -104,6 +159,20 @@ class Run:
                 "resume it with its own, or start a new run with --out"
             )
 
+    def check_data(self, facts: dict[str, Any]) -> None:
+        """Note which images the run is trained on; when it is resumed, make sure that they are the same.
+
+        Raises:
+            RunError: they are not.
+        """
+        known = self.path / "data.json"
+        if known.exists() and json.loads(known.read_text()) != facts:
+            raise RunError(
+                f"data.source={self.config.data.source}: the images are no longer those that {self.path} began "
+                "with; start a new run with --out"
+            )
+        self.write_json("data.json", facts)
+
     def write(self, name: str, text: str) -> None:
         """Write a text file of the run atomically."""
         write_atomically(self.path / name, lambda file: file.write(text.encode()))
@@ -118,12 +187,13 @@ class Run:
             file.write((json.dumps(record) + "\n").encode())
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line cut short by a crash is left out."""
-        with self.metrics_file.open(encoding="utf-8") as file:
+        """The lines of metrics.jsonl, as far as they can be read: a crash may have cut the last one short."""
+        with self.metrics_file.open("rb") as file:
             for line in file:
-                if not line.endswith("\n"):
+                try:
+                    yield json.loads(line)
+                except ValueError:
                     return
-                yield json.loads(line)
 
     def rewind_metrics(self, step: int) -> None:
         """Drop what was logged after a step: it will be logged again."""
@@ -143,8 +213,11 @@ class Run:
         for path in self._checkpoint_files()[:-CHECKPOINTS_KEPT]:
             path.unlink()
 
-    def load_checkpoint(self) -> dict[str, Any] | None:
+    def load_checkpoint(self, say: Callable[[str], None]) -> dict[str, Any] | None:
         """The state of the latest checkpoint that can be read, on the CPU; None if there is none.
+
+        Args:
+            say: told of those that cannot be read; they are put aside.
 
         Raises:
             RunError: there are checkpoints, and none can be read.
@@ -154,9 +227,12 @@ class Run:
             try:
                 return torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:  # whatever a damaged file makes the reader raise
-                reason = f"{path}: {error}"
+                aside = path.with_suffix(".damaged")
+                path.rename(aside)
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                say(f"{path} cannot be read ({reason}); it is now {aside.name}")
         if files:
-            raise RunError(f"no checkpoint of {self.path} can be read; {reason}")
+            raise RunError(f"no checkpoint of {self.path} can be read; start again with --overwrite")
         return None
 
     def _checkpoint_files(self) -> list[Path]:
@@ -168,14 +244,26 @@ class Run:
         files = self._checkpoint_files()
         return int(files[-1].stem.removeprefix("step-")) if files else None
 
-    def check_writable(self) -> None:
-        """Find out before hours of work whether results can be written.
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training in the same folder; the lock goes with this process, however it ends.
 
         Raises:
-            RunError: they cannot.
+            RunError: another one is at it, or the folder cannot be written.
         """
-        if not os.access(self.path, os.W_OK):
-            raise RunError(f"cannot write to the run folder {self.path}")
+        try:
+            file = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise RunError(f"cannot write to the run folder {self.path}: {error.strerror}") from error
+        with file:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    raise RunError(f"another process is training in {self.path}") from error
+            remove_unfinished(self.path)
+            remove_unfinished(self.checkpoints)
+            yield
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

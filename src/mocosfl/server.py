@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from mocosfl.clients import Latents
 from mocosfl.config import Config
 from mocosfl.contrast import KeyQueue, infonce, update_momentum
+from mocosfl.data.images import upload
+from mocosfl.randomness import stream
 
 
 class Server:
@@ -28,13 +30,13 @@ class Server:
 
     def __init__(self, half: nn.Module, head: nn.Module, config: Config, dim: int, device: torch.device) -> None:
         self.config, self.device = config, device
-        # channels-last: a step takes two thirds of the time on CPUs, and tensor cores want it
         self.online = nn.Sequential(half, head).to(device).train()
-        self.online.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if device.type == "cpu":  # a step takes two thirds of the time there
+            self.online.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.momentum = copy.deepcopy(self.online).requires_grad_(False)
         contrast, number = config.contrast, config.clients.number
         rings = 1 if contrast.feature_sharing else number
-        self.queue = KeyQueue(contrast.queue // rings, dim, rings, config.seed).to(device)
+        self.queue = KeyQueue(contrast.queue // rings, dim, rings, stream(config.seed, "queue")).to(device)
         self.optimizer = torch.optim.SGD(
             self.online.parameters(),
             lr=config.train.lr,
@@ -71,7 +73,7 @@ class Server:
 
         rings = None
         if not contrast.feature_sharing:
-            rings = torch.from_numpy(latents.clients).to(self.device)
+            rings = upload(latents.clients, self.device)
         negatives = self.queue.keys[0] if rings is None else self.queue.keys[rings]
         ways = [infonce(*pair, negatives, contrast.temperature) for pair in zip(q, k, strict=True)]
         losses, hits = (torch.stack(both) for both in zip(*ways, strict=True))  # (ways, n)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,7 @@ class Trainer:
         step: steps done.
         steps: steps of the whole run.
         latest: the last value of every metric that a callback has read.
+        rates: learning rates of server and clients in the last step.
         stop: set to end the run after the step under way.
     """
 
@@ -61,12 +62,13 @@ class Trainer:
         self.config, self.cohort, self.server, self.callbacks = config, cohort, server, callbacks
         self.steps_per_epoch = images / config.step_images
         self.steps = max(1, round(config.train.epochs * self.steps_per_epoch))
-        self.warmup = round(config.train.warmup * self.steps_per_epoch)
+        self.warmup = round(config.train.warmup * self.steps)
         number, batch = config.clients.number, config.clients.batch
         self.round_steps = config.clients.round or max(1, round(images / (number * batch)))
         self.step = 0
         self.stop = False
         self.latest: dict[str, float] = {}
+        self.rates = (0.0, 0.0)
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=server.device)
 
     def run(self) -> None:
@@ -77,7 +79,7 @@ class Trainer:
         while self.step < self.steps and not self.stop:
             if sampled and self.step % self.round_steps == 0:
                 self.cohort.activate(self._pool(self.step // self.round_steps))
-            server_lr, client_lr = self.learning_rates()
+            self.rates = server_lr, client_lr = self._learning_rates()
 
             latents = self.cohort.forward()
             gradients, metrics = self.server.step(latents, server_lr)
@@ -96,15 +98,12 @@ class Trainer:
         return pool_of_round(self.config.seed, round_, self.config.clients.number, self.config.pool)
 
     def _at_sync_point(self, sampled: bool) -> bool:
-        """After every so many steps, before the pool changes, and at the end."""
+        """After every so many steps (of a round, where pools are sampled), before the pool changes, at the end."""
         every = self.config.sync.every
-        return (
-            (every > 0 and self.step % every == 0)
-            or (sampled and self.step % self.round_steps == 0)
-            or self.step == self.steps
-        )
+        since = self.step % self.round_steps if sampled else self.step
+        return (every > 0 and since % every == 0) or (sampled and since == 0) or self.step == self.steps
 
-    def learning_rates(self) -> tuple[float, float]:
+    def _learning_rates(self) -> tuple[float, float]:
         """Rates of server and clients for the step to come: warm-up, then a cosine, both counted in steps."""
         if self.step < self.warmup:
             factor = (self.step + 1) / self.warmup
@@ -132,29 +131,35 @@ class Trainer:
         self._first_bad = torch.where(bad, self.step, self._first_bad)
 
     def check(self) -> None:
-        """Wait for the device and make sure that the run is sound; callbacks do so before they keep anything.
+        """Wait for the device and make sure that every loss so far was finite; callbacks do so before they log.
 
         Raises:
-            RunError: the loss or a weight is not finite.
+            RunError: one was not; names the first such step.
         """
         if (step := int(self._first_bad)) >= 0:
             raise RunError(
                 f"the loss at step {step} is not finite; lower train.lr or clients.lr, or raise "
                 "contrast.temperature or train.warmup"
             )
-        weights = [*self.server.online.parameters(), *self.cohort.average().values()]
-        if not torch.stack([w.isfinite().all() for w in weights]).all():
-            raise RunError(f"a weight is not finite after step {self.step}; lower train.lr or clients.lr")
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to equal one that was never stopped."""
-        return {
+        """Everything that a resumed run needs to equal one that was never stopped.
+
+        Raises:
+            RunError: a loss or a weight is not finite, so there is nothing worth keeping.
+        """
+        self.check()
+        state: dict[str, Any] = {
             "step": self.step,
             "cohort": self.cohort.state_dict(),
             "server": self.server.state_dict(),
             "latest": self.latest,
             "callbacks": {type(c).__name__: c.state_dict() for c in self.callbacks},
         }
+        finite = [t.isfinite().all() for t in _tensors(state) if t.is_floating_point()]
+        if not torch.stack([f.cpu() for f in finite]).all():
+            raise RunError(f"a weight is not finite after step {self.step}; lower train.lr or clients.lr")
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state_dict``'s result."""
@@ -164,3 +169,12 @@ class Trainer:
         self.latest = dict(state["latest"])
         for callback in self.callbacks:
             callback.load_state_dict(state["callbacks"].get(type(callback).__name__, {}))
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    """Every tensor in nested dictionaries and lists."""
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, Mapping | list):
+        for value in state.values() if isinstance(state, Mapping) else state:
+            yield from _tensors(value)

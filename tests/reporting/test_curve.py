@@ -6,7 +6,7 @@ from PIL import Image
 from mocosfl.reporting.curve import draw_curve
 
 LINES = [{"step": s, "epoch": s / 10, "loss": 7 - s / 50, "contrast_accuracy": s / 200} for s in range(1, 100)]
-KNN = [{"step": s, "epoch": s / 10, "knn": 30.0 + s / 10} for s in range(0, 101, 20)]
+KNN = [{"step": s, "epoch": s / 10, "knn_held_out": 30.0 + s / 10} for s in range(0, 101, 20)]
 
 
 def ink(path: Path) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from mocosfl.config import AugmentSettings
+from mocosfl.data.images import upload
 from mocosfl.randomness import AUGMENT, uniform
 
 CROP_TRIES = 10
@@ -141,10 +142,7 @@ class AugmentParameters:
 
     def to(self, device: torch.device) -> dict[str, Tensor]:
         """The same as tensors on a device, copied without waiting."""
-        return {
-            field.name: torch.from_numpy(np.ascontiguousarray(getattr(self, field.name))).to(device, non_blocking=True)
-            for field in fields(self)
-        }
+        return {field.name: upload(getattr(self, field.name), device) for field in fields(self)}
 
 
 def _draw_box(
@@ -289,6 +287,6 @@ def _turn_hue(x: Tensor, turn: Tensor) -> Tensor:
         value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
     )  # hue in sixths of the circle
     sixth = sixth + 6 * turn[:, None, None]
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None]
+    offsets = 5 - 2 * torch.arange(3, device=x.device)[:, None, None]
     k = torch.remainder(offsets + sixth.unsqueeze(1), 6)  # (n, 3, H, W)
     return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp(0, 1)

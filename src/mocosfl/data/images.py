@@ -73,8 +73,8 @@ class ImageSet:
         device = torch.device(device)
         rows = np.asarray(rows, dtype=np.int64)
         if self._pixels is not None and _same_device(self._pixels.device, device):
-            return self._pixels[_upload(rows, device)]
-        return _upload(self.gather(rows), device)
+            return self._pixels[upload(rows, device)]
+        return upload(self.gather(rows), device)
 
     def gather(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """A copy of some images on the host.
@@ -95,7 +95,8 @@ def _same_device(held: torch.device, wanted: torch.device) -> bool:
     return held.type != "cuda" or held.index == torch.cuda.current_device()
 
 
-def _upload(array: NDArray, device: torch.device) -> torch.Tensor:
+def upload(array: NDArray, device: torch.device) -> torch.Tensor:
+    """Copy an array of the host to a device, without waiting for it."""
     tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
     if device.type == "cuda":  # only pinned memory is copied without the host waiting
         return tensor.pin_memory().to(device, non_blocking=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections import Counter
@@ -21,7 +20,7 @@ from mocosfl.data.decode import Item, Split, Undecoded, decode, first_size
 from mocosfl.data.folders import TEST_SPLITS, local_splits
 from mocosfl.data.images import ImageSet
 from mocosfl.data.tables import hub_splits
-from mocosfl.errors import DataError, SettingError
+from mocosfl.errors import DataError, SettingError, nearest
 
 HUBS = {
     "cifar10": "uoft-cs/cifar10",
@@ -99,12 +98,11 @@ def _find(settings: DataSettings, say: Callable[[str], None]) -> dict[str, Split
     if re.search(r"[/\\]|^~|\.parquet$", source):
         raise DataError(f"data.source={source}: there is no such file or folder")
     known = ["digits", *HUBS]
-    near = difflib.get_close_matches(source, known, n=1)
+    hint = nearest(source, known)
     raise SettingError(
-        f"data.source={source}: there is no such file, folder or data set"
-        + (f"; did you mean {near[0]}? " if near else "; ")
-        + f"Accepted are {', '.join(known)}, owner/name of a data set on the Hugging Face hub, a parquet "
-        "file, and a folder of parquet files or of images"
+        f"data.source={source}: there is no such file, folder or data set; {hint}{' ' if hint else ''}Accepted are "
+        f"{', '.join(known)}, owner/name of a data set on the Hugging Face hub, a parquet file, and a folder of "
+        "parquet files or of images"
     )
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import nn
+
+from mocosfl.models.layers import seeded
+from mocosfl.randomness import stream
 
 HEADS = ("v1", "small", "v2", "large")
 WIDTHS = {"v1": 128, "small": 512, "v2": 1024, "large": 2048}
@@ -21,8 +23,7 @@ def build_head(kind: Literal["v1", "small", "v2", "large"], features: int, seed:
         seed: of the initial weights; the global generator is left as it was.
     """
     width = WIDTHS[kind]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(stream(seed, "head")):
         if kind == "v2":
             return nn.Sequential(nn.Linear(features, 1024), nn.ReLU(), nn.Linear(1024, width))
         if kind == "large":

@@ -13,7 +13,9 @@ from torch.func import functional_call
 
 from mocosfl.config import ModelSettings
 from mocosfl.errors import SettingError
+from mocosfl.models.layers import seeded
 from mocosfl.models.resnet import Piece, resnet, stem_for
+from mocosfl.randomness import stream
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,8 @@ def split(pieces: list[Piece], cut: int) -> tuple[list[Piece], list[Piece]]:
         SettingError: no piece ends there; names the cuts that exist.
     """
     ends = list(accumulate(piece.convolutions for piece in pieces))
-    if cut not in ends[:-1]:
-        raise SettingError(
-            f"model.cut={cut}: this backbone can be cut after {', '.join(map(str, ends[:-1]))} convolutions"
-        )
+    if cut not in ends:
+        raise SettingError(f"model.cut={cut}: this backbone can be cut after {', '.join(map(str, ends))} convolutions")
     at = ends.index(cut) + 1
     return pieces[:at], pieces[at:]
 
@@ -97,8 +97,7 @@ def build(settings: ModelSettings, channels: int, size: int, seed: int) -> Split
         SettingError: the cut or the bottleneck does not fit.
     """
     bottleneck = Bottleneck.parse(settings.bottleneck)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(stream(seed, "backbone")):
         pieces = resnet(
             settings.backbone,
             settings.width,
@@ -122,7 +121,7 @@ def build(settings: ModelSettings, channels: int, size: int, seed: int) -> Split
             server = {"bottleneck": widen, **server}
             latent_shape = _shape_after(client["bottleneck"], latent_shape)
         server |= {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
-    return SplitModel(_sequence(client), _sequence(server), latent_shape, theirs[-1].channels)
+    return SplitModel(_sequence(client), _sequence(server), latent_shape, pieces[-1].channels)
 
 
 def _sequence(modules: dict[str, nn.Module]) -> nn.Sequential:

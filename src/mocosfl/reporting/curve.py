@@ -13,7 +13,7 @@ from mocosfl.files import write_atomically
 PANELS = (
     ("loss", "InfoNCE loss", 1),
     ("contrast_accuracy", "contrast accuracy, %", 100),
-    ("knn", "kNN, %", 1),
+    ("knn_held_out", "kNN, %", 1),
 )
 SMOOTHING = 40
 """Noisy curves are drawn in the background, with a running mean over 1/40 of the run in front."""
@@ -34,7 +34,7 @@ def draw_curve(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> Non
         axes = figure.add_subplot(1, len(shown), place + 1)
         epochs = [line["epoch"] for line in metrics if key in line]
         values = [line[key] * scale for line in metrics if key in line]
-        if key == "knn":
+        if key == "knn_held_out":
             axes.plot(epochs, values, marker="o", markersize=3, color="C2")
             axes.annotate(
                 f"{values[-1]:.1f}", (epochs[-1], values[-1]), (-4, 6), textcoords="offset points", ha="right"
