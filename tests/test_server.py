@@ -13,11 +13,11 @@ from mocosfl.server import Server
 CPU = torch.device("cpu")
 
 
-def make(**changes: object) -> Server:
+def make(norm: type[nn.Module] = nn.Identity, **changes: object) -> Server:
     config = Config().updated({"clients.number": 3, "clients.batch": 2, "contrast.queue": 10} | changes)
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        half = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        half = nn.Sequential(nn.Conv2d(4, 6, 3), norm(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         head = nn.Linear(6, 5)
     return Server(half, head, config, 5, CPU)
 
@@ -37,11 +37,11 @@ def naive_step(server: Server, batch: Latents) -> tuple[torch.Tensor, torch.Tens
     pairs = [(query[i], batch.key[i]) for i in range(len(query))]
     if contrast.symmetric and len(query) == 1:
         pairs.append((batch.key[0], query[0].detach()))
-    loss, keys = torch.zeros(()), []
-    for a, b in pairs:
-        q = F.normalize(server.online(a), dim=1)
-        with torch.no_grad():
-            k = F.normalize(momentum(b), dim=1)
+    loss, keys, ways = torch.zeros(()), [], len(pairs)
+    with torch.no_grad():
+        all_k = F.normalize(momentum(torch.cat([b for _, b in pairs])), dim=1)
+    all_q = F.normalize(copy.deepcopy(server.online)(torch.cat([a for a, _ in pairs])), dim=1)
+    for q, k in zip(all_q.chunk(ways), all_k.chunk(ways), strict=True):
         for i in range(len(q)):
             ring = 0 if contrast.feature_sharing else int(batch.clients[i // batch.size])
             logits = torch.cat([(q[i] * k[i]).sum()[None], server.queue.keys[ring] @ q[i]]) / contrast.temperature
@@ -60,8 +60,9 @@ def naive_step(server: Server, batch: Latents) -> tuple[torch.Tensor, torch.Tens
     ],
     ids=["one way", "symmetric", "both views", "own queues"],
 )
-def test_a_step_equals_the_algorithm_written_out(changes: dict, views: int) -> None:
-    server = make(**changes, **{"clients.lr_scale": "batch_mean"})
+@pytest.mark.parametrize("norm", [nn.Identity, nn.BatchNorm2d])
+def test_a_step_equals_the_algorithm_written_out(changes: dict, views: int, norm: type[nn.Module]) -> None:
+    server = make(norm, **changes, **{"clients.lr_scale": "batch_mean"})
     for clients in ((0, 1, 2), (2, 0), (1, 2)):
         batch = latents(views, clients)
         loss, gradient, keys = naive_step(server, batch)

@@ -72,15 +72,23 @@ def run(config: Config, cohort: type = LocalCohort, images: int = 30) -> tuple[l
     return losses.values, trainer
 
 
-@pytest.mark.parametrize("scale", ["batch_mean", "per_client_mean"])
-def test_synchronising_every_step_is_centralised_moco(scale: str) -> None:
+@pytest.mark.parametrize(
+    ("scale", "changes"),
+    [
+        ("batch_mean", {}),
+        ("per_client_mean", {}),
+        ("per_client_mean", {"contrast.both_views": True}),
+        ("batch_mean", {"contrast.symmetric": False, "model.server_norm": "batch"}),
+    ],
+)
+def test_synchronising_every_step_is_centralised_moco(scale: str, changes: dict) -> None:
     """25 steps: the same as one unsplit network on the concatenated batch.
 
     The average of N clients moves by the mean of their gradients. A client's share of the batch's mean loss (published)
     is its own mean loss divided by N: so centralised training has the client's rate divided by N with batch_mean, while
     the weight decay, which is not divided, weighs N times more; with per_client_mean both are the client's own.
     """
-    config = settings(**{"sync.every": 1, "clients.lr_scale": scale, "clients.lr": 0.2, "model.cut": 3})
+    config = settings(**{"sync.every": 1, "clients.lr_scale": scale, "clients.lr": 0.2, "model.cut": 3} | changes)
     clients = config.clients.number
     split_losses, trainer = run(config)
 
@@ -106,11 +114,12 @@ def test_synchronising_every_step_is_centralised_moco(scale: str) -> None:
         for m, o in zip(momentum.parameters(), online.parameters(), strict=True):
             m.mul_(0.99).add_(o.detach(), alpha=0.01)
         loss, keys = torch.zeros(()), []
-        for way in (0, 1):
-            # the second way starts from the momentum half's latents, and trains the server alone
-            q = online(views[0]) if way == 0 else online[1](momentum[0](views[1]))
+        for way in (0, 1) if config.contrast.symmetric else (0,):
+            there_and_back = way == 0 or config.contrast.both_views
+            # else the second way starts from the momentum half's latents, and trains the server alone
+            q = online(views[way]) if there_and_back else online[1](momentum[0](views[1]))
             with torch.no_grad():
-                k = momentum(views[1]) if way == 0 else momentum[1](online[0](views[0]))
+                k = momentum(views[1 - way]) if there_and_back else momentum[1](online[0](views[0]))
             q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
             logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / config.contrast.temperature
             loss = loss + F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
