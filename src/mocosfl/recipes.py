@@ -46,8 +46,8 @@ def digits() -> Config:
         contrast=ContrastSettings(queue=1024, temperature=0.2, symmetric=False),
         clients=ClientSettings(number=100, batch=1),
         sync=SyncSettings(every=10),
-        train=TrainSettings(epochs=60, warmup=0.03),
-        evaluation=EvaluationSettings(every=5, k=20),
+        train=TrainSettings(epochs=150, warmup=0.03),
+        evaluation=EvaluationSettings(every=10, k=20),
     )
 
 
@@ -56,11 +56,12 @@ def cifar10_small() -> Config:
     return Config(
         recipe="cifar10-small",
         data=DataSettings(source="cifar10", images=10_000, held_out=0.05),
+        augment=AugmentSettings(crop_scale=(0.2, 1.0), blur_p=0),
         model=ModelSettings(width=16, server_norm="batch"),
         contrast=ContrastSettings(symmetric=False),
         clients=ClientSettings(number=100, batch=1),
         sync=SyncSettings(every=10),
-        train=TrainSettings(epochs=30, warmup=0.03),
+        train=TrainSettings(epochs=44, warmup=0.03, precision="bf16"),
         evaluation=EvaluationSettings(every=5, monitor_bank=2000),
     )
 
