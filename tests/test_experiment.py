@@ -310,6 +310,12 @@ def test_a_folder_half_made_or_half_deleted_can_be_used(tmp_path: Path, left: li
     assert mocosfl.train(small(), tmp_path / "run").finished
 
 
+def test_a_run_killed_before_its_first_checkpoint_is_resumed(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(small().to_yaml())
+    assert mocosfl.train(small(), tmp_path / "run", resume=True).finished
+
+
 def test_two_processes_do_not_train_in_one_folder(tmp_path: Path) -> None:
     mocosfl.train(small(), tmp_path / "run", callbacks=(PoliteStop(2),))
     with Run.open(tmp_path / "run").locked():
@@ -368,8 +374,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path) -> No
     assert (tmp_path / "run/checkpoints/step-000000012.damaged").exists()
     for path in (tmp_path / "run/checkpoints").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(RunError, match=r"no checkpoint of .* can be read"):
-        mocosfl.train(small(), tmp_path / "run", resume=True)
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"no checkpoint of .* can be read"):
+            mocosfl.train(small(), tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize(

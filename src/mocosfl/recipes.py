@@ -61,7 +61,7 @@ def cifar10_small() -> Config:
         contrast=ContrastSettings(symmetric=False),
         clients=ClientSettings(number=100, batch=1),
         sync=SyncSettings(every=10),
-        train=TrainSettings(epochs=44, warmup=0.03, precision="bf16"),
+        train=TrainSettings(epochs=38, warmup=0.03, precision="bf16"),
         evaluation=EvaluationSettings(every=5, monitor_bank=2000),
     )
 

@@ -89,8 +89,6 @@ class Run:
                 run._delete()  # what is left of one that was half made or half deleted
             run.path.mkdir(parents=True, exist_ok=True)
             run.write("config.yaml", config.to_yaml())  # first: from here on the folder is a run
-            run.checkpoints.mkdir()
-            run.metrics_file.touch()
         except OSError as error:
             raise RunError(f"cannot write to the run folder {path}: {error.strerror}") from error
         return run
@@ -222,8 +220,7 @@ class Run:
         Raises:
             RunError: there are checkpoints, and none can be read.
         """
-        files = self._checkpoint_files()
-        for path in reversed(files):
+        for path in reversed(self._checkpoint_files()):
             try:
                 return torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:  # whatever a damaged file makes the reader raise
@@ -231,7 +228,7 @@ class Run:
                 path.rename(aside)
                 reason = str(error).partition("\n")[0] or type(error).__name__
                 say(f"{path} cannot be read ({reason}); it is now {aside.name}")
-        if files:
+        if any(self.checkpoints.glob("*.damaged")):
             raise RunError(f"no checkpoint of {self.path} can be read; start again with --overwrite")
         return None
 
@@ -261,6 +258,8 @@ class Run:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError as error:
                     raise RunError(f"another process is training in {self.path}") from error
+            self.checkpoints.mkdir(exist_ok=True)
+            self.metrics_file.touch()
             remove_unfinished(self.path)
             remove_unfinished(self.checkpoints)
             yield

@@ -65,6 +65,9 @@ def cached(key: object, make: Callable[[Path | None], Decoded], say: Callable[[s
             entry = Path(temporary) / "entry"
             entry.mkdir()
             _write(make(entry), entry)
+            found = _read(folder)
+            if found is not None:  # another process was quicker
+                return found
             shutil.rmtree(folder, ignore_errors=True)  # what is there is damaged
             with suppress(OSError):  # another process has made the same entry meanwhile; it is read below
                 os.replace(entry, folder)
