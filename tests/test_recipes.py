@@ -41,6 +41,10 @@ def test_the_papers_settings(name: str, classes: int, pool: int, cut: int) -> No
     assert (config.train.lr, config.train.momentum, config.train.weight_decay) == (0.06, 0.9, 5e-4)
     assert (config.contrast.queue, config.contrast.temperature, config.contrast.momentum) == (6000, 0.1, 0.99)
     assert config.contrast.symmetric
+    assert not config.contrast.both_views
+    assert config.clients.lr_scale == "batch_mean"
+    assert not config.sync.momentum
+    assert config.clients.round == 50_000 // config.clients.number  # a pass over a client's images
     assert config.train.epochs == 200
 
 
