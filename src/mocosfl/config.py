@@ -164,7 +164,8 @@ class ContrastSettings(Settings):
     symmetric: bool = True
     """Contrast the two views both ways, and sum the losses (MoCo v2 as published in the paper)."""
     both_views: bool = False
-    """Let both views train the client half. Doubles what a client computes and sends; needs symmetric."""
+    """Let both views train the client half. Doubles what a client computes and sends; needs symmetric. Measured: no
+    gain (README)."""
     feature_sharing: bool = True
     """One queue for all clients. Off: every client's keys are its own only negatives, K / N keys each."""
 
