@@ -137,9 +137,14 @@ def _recipes(args: Sequence[str]) -> int:
         """List the recipes: name, data, clients, model, expected time and result."""
 
     tyro.cli(parsed, prog="mocosfl recipes", args=args)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption="* published, linear probe")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        caption="result: linear probe; * published, not run here yet",
+    )
     for title in ("recipe", "data", "clients", "model", "time", "result"):
-        table.add_column(title, no_wrap=title == "recipe")
+        table.add_column(title, no_wrap=title == "recipe", overflow="fold")
     for name, entry in RECIPES.items():
         c = entry.make()
         images = f", {c.data.images:,}" if c.data.images else ""
@@ -149,7 +154,7 @@ def _recipes(args: Sequence[str]) -> int:
             name,
             c.data.source + images,
             f"{c.clients.number:,}, {split}{pool}",
-            f"{c.model.backbone}, {c.model.width}, cut {c.model.cut}",
+            f"{c.model.backbone} x{c.model.width} cut {c.model.cut}",
             entry.time,
             entry.result,
         )
