@@ -107,9 +107,9 @@ def test_partition_prints_and_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["partition", "digits", "--clients.number", "12", "--out", "split.png"]) == 0
+    assert main(["partition", "digits", "--clients.number", "12", "--out", "new/split.png"]) == 0
     assert "split.png" in capsys.readouterr().out
-    with Image.open(tmp_path / "split.png") as picture:
+    with Image.open(tmp_path / "new/split.png") as picture:
         assert min(picture.size) > 300
 
 

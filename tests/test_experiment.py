@@ -1,5 +1,6 @@
 """Whole runs, as a user starts them from Python."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from rich.console import Console
 
 import mocosfl
 from mocosfl import experiment
@@ -251,6 +253,36 @@ def test_unlabelled_images_train_without_evaluation(tmp_path: Path) -> None:
     assert not {"knn", "linear_probe", "knn_held_out"} & set(result.metrics)
     assert mocosfl.evaluate(tmp_path / "run") == {}
     assert mocosfl.load_encoder(tmp_path / "run")(torch.rand(1, 3, 20, 20)).shape == (1, 32)
+
+
+def test_streamed_images_train_to_the_same_bits(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for index in range(120):
+        folder = tmp_path / "photos" / "ab"[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    config = small(
+        **{"data.source": str(tmp_path / "photos"), "data.channels": 3, "partition.kind": "dirichlet"},
+        **{"clients.number": 8, "train.epochs": 2},
+    )
+    memory = mocosfl.train(config, tmp_path / "memory")
+    said = io.StringIO()
+    streamed = mocosfl.train(
+        config.updated({"data.memory": 1e-6}), tmp_path / "streamed", console=Console(file=said, width=200)
+    )
+    assert "are streamed from" in said.getvalue()
+    weights = [(run.run / "encoder.safetensors").read_bytes() for run in (memory, streamed)]
+    assert weights[0] == weights[1]
+    assert memory.metrics["knn"] == streamed.metrics["knn"]
+
+
+def test_bf16_trains_close_to_fp32(tmp_path: Path) -> None:
+    losses = [
+        mocosfl.train(small(**{"train.precision": precision}), tmp_path / precision).metrics["loss"]
+        for precision in ("fp32", "bf16")
+    ]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
 def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:

@@ -181,6 +181,7 @@ def _partition(args: Sequence[str]) -> int:
     else:
         classes, counts = None, federation.partition.sizes[:, None]
     console.print(table(counts, classes))
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     draw(counts, classes, given.out, f"{given.config.data.source}, {len(counts)} clients")
     console.print(f"picture: {given.out}", highlight=False, soft_wrap=True)
     return 0
