@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from mocosfl.config import ModelSettings
+from mocosfl.data.augment import normalise
 from mocosfl.errors import RunError
 from mocosfl.files import write_atomically
 from mocosfl.models import build
@@ -64,8 +65,7 @@ class Encoder(nn.Module):
                 f"images: expected float in [0, 1] of shape (n, {', '.join(map(str, expected))}), "
                 f"not {images.dtype} of shape {tuple(images.shape)}"
             )
-        images = (images - self.mean[:, None, None]) / self.std[:, None, None]
-        return self.server(self.client(images))
+        return self.server(self.client(normalise(images, self.mean, self.std)))
 
     def save(self, folder: Path, facts: dict[str, Any]) -> None:
         """Write encoder.safetensors and encoder.json.

@@ -9,7 +9,6 @@ from torch import nn
 from mocosfl.models.layers import seeded
 from mocosfl.randomness import stream
 
-HEADS = ("v1", "small", "v2", "large")
 WIDTHS = {"v1": 128, "small": 512, "v2": 1024, "large": 2048}
 
 
