@@ -69,21 +69,26 @@ class NaiveCohort:
     def forward(self) -> Latents:
         policy, queries, keys = Policy.of(self.config.augment), [], []
         for client in self.pool:
-            rows, draws = self.sampler.draw(np.array([client]), self.config.clients.batch)
+            rows, draws = self.sampler.draw(np.array([client]), self._batch(client))
             views = []
             for view in (0, 1):
-                images = self.images.take(rows[0], "cpu")
+                images = self.images.take(rows, "cpu")
                 parameters = AugmentParameters.draw(
-                    policy, images.shape[-1], self.config.seed, client=client, draw=draws[0], view=view
+                    policy, images.shape[-1], self.config.seed, client=client, draw=draws, view=view
                 )
                 views.append(normalise(augment(images, parameters, policy), self.mean, self.std))
             query, key = self.clients[client].forward(torch.stack(views))
             queries.append(query)
             keys.append(key)
-        return Latents(torch.cat(queries, 1), torch.cat(keys, 1), self.pool, self.config.clients.batch)
+        sizes = np.array([self._batch(client) for client in self.pool])
+        return Latents(torch.cat(queries, 1), torch.cat(keys, 1), self.pool, sizes, (int(sizes.sum()),))
+
+    def _batch(self, client: int) -> int:
+        rich = client >= self.config.clients.number - self.config.rich
+        return self.config.clients.batch * (self.config.clients.rich_batch_factor if rich else 1)
 
     def backward(self, gradients: Tensor, lr: float) -> None:
-        for client, piece in zip(self.pool, gradients.split(self.config.clients.batch, dim=1), strict=True):
+        for client, piece in zip(self.pool, gradients.split([self._batch(c) for c in self.pool], dim=1), strict=True):
             self.clients[client].backward(piece, lr)
 
     def synchronise(self) -> None:

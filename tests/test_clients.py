@@ -44,7 +44,8 @@ def compare(config: Config, steps: int = 7) -> None:
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
         if config.pool < config.clients.number and step % config.clients.round == 0:
-            pool = pool_of_round(config.seed, step // config.clients.round, config.clients.number, config.pool)
+            round_ = step // config.clients.round
+            pool = pool_of_round(config.seed, round_, config.clients.number, config.pool, config.rich, config.pool_rich)
             local.activate(pool)
             naive.activate(pool)
         ours, theirs = local.forward(), naive.forward()
@@ -52,6 +53,7 @@ def compare(config: Config, steps: int = 7) -> None:
         torch.testing.assert_close(ours.query, theirs.query, atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(ours.key, theirs.key, atol=2e-5, rtol=1e-4)
         assert np.array_equal(ours.clients, theirs.clients)
+        assert np.array_equal(ours.sizes, theirs.sizes)
         gradients = torch.randn(ours.query.shape, generator=generator) / ours.query[0].numel()
         local.backward(gradients, 0.5)
         naive.backward(gradients, 0.5)
@@ -95,10 +97,48 @@ def test_equals_a_loop_with_other_settings(changes: dict) -> None:
     compare(settings(**changes))
 
 
+RICH = {"clients.rich_share": 0.34, "clients.rich_batch_factor": 3}  # 2 of 6
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model.cut": 3, "contrast.both_views": True},
+        {"model.client_norm": "batch"},
+        {"clients.pool": 3, "clients.round": 4},
+        {"sync.every": 1, "clients.batch": 1},
+    ],
+    ids=str,
+)
+def test_equals_a_loop_with_rich_and_poor_clients(changes: dict) -> None:
+    compare(settings(**RICH, **changes))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("sync_momentum", [True, False])
+def test_one_half_stands_for_all_where_they_are_averaged_every_step(batch: int, sync_momentum: bool) -> None:
+    config = settings(**{"sync.every": 1, "clients.batch": batch, "model.cut": 3, "sync.momentum": sync_momentum})
+    local, _ = cohorts(config)
+    assert local.identical
+    assert all(len(stack) == 1 for stack in local.online.parameters_of.values())
+    compare(config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"sync.every": 2}, {"clients.pool": 3, "clients.round": 2}, {"model.client_norm": "batch"}, RICH],
+    ids=str,
+)
+def test_clients_that_may_differ_have_weights_of_their_own(changes: dict) -> None:
+    local, _ = cohorts(settings(**{"sync.every": 1} | changes))
+    assert not local.identical
+
+
 def test_clients_differ_between_averages_and_agree_after() -> None:
     local, _ = cohorts(settings())
     local.backward(torch.randn_like(local.forward().query), 0.1)
-    weight = next(iter(local.online.values()))
+    weight = next(iter(local.online.parameters_of.values()))
     assert not torch.equal(weight[0], weight[1])
     local.synchronise()
     assert torch.equal(weight[0], weight[1])
@@ -108,9 +148,9 @@ def test_a_client_learns_from_its_own_gradient_alone() -> None:
     local, _ = cohorts(settings(**{"train.weight_decay": 0.0}))
     gradients = torch.zeros_like(local.forward().query)
     gradients[:, 4:6] = 1  # the third client's piece, batch 2
-    before = {name: tensor.detach().clone() for name, tensor in local.online.items()}
+    before = {name: tensor.detach().clone() for name, tensor in local.online.parameters_of.items()}
     local.backward(gradients, 0.1)
-    for name, tensor in local.online.items():
+    for name, tensor in local.online.parameters_of.items():
         moved = (tensor.detach() != before[name]).flatten(1).any(dim=1)
         assert moved.tolist() == [client == 2 for client in range(6)]
 
@@ -119,7 +159,9 @@ def test_memory_is_for_the_pool_alone_where_clients_keep_nothing() -> None:
     number, pool = 6, 2
     lean, _ = cohorts(settings(**{"clients.pool": pool, "clients.round": 2}))
     assert not lean.bank
-    assert all(len(t) == pool for t in (lean.online | lean.momentum | lean.velocity).values())
+    assert all(
+        len(t) == pool for t in (lean.online.parameters_of | lean.momentum.parameters_of | lean.velocity).values()
+    )
     kept = {"clients.pool": pool, "clients.round": 2, "clients.keep_optimizer": True, "sync.momentum": False}
     full, _ = cohorts(settings(**kept))
     assert set(full.bank) == {"velocity", "momentum"}

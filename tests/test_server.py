@@ -24,7 +24,8 @@ def make(norm: type[nn.Module] = nn.Identity, **changes: object) -> Server:
 
 def latents(views: int = 1, clients: tuple[int, ...] = (0, 1, 2), batch: int = 2) -> Latents:
     shape = (views, len(clients) * batch, 4, 6, 6)
-    return Latents(torch.randn(shape), torch.randn(shape), np.array(clients), batch)
+    sizes = np.full(len(clients), batch)
+    return Latents(torch.randn(shape), torch.randn(shape), np.array(clients), sizes, (int(sizes.sum()),))
 
 
 def naive_step(server: Server, batch: Latents) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
@@ -43,7 +44,7 @@ def naive_step(server: Server, batch: Latents) -> tuple[torch.Tensor, torch.Tens
     all_q = F.normalize(copy.deepcopy(server.online)(torch.cat([a for a, _ in pairs])), dim=1)
     for q, k in zip(all_q.chunk(ways), all_k.chunk(ways), strict=True):
         for i in range(len(q)):
-            ring = 0 if contrast.feature_sharing else int(batch.clients[i // batch.size])
+            ring = 0 if contrast.feature_sharing else int(batch.clients[i // batch.sizes[0]])
             logits = torch.cat([(q[i] * k[i]).sum()[None], server.queue.keys[ring] @ q[i]]) / contrast.temperature
             loss = loss - F.log_softmax(logits, 0)[0] / len(q)
         keys.append(k)

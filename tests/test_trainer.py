@@ -109,8 +109,8 @@ def test_synchronising_every_step_is_centralised_moco(scale: str, changes: dict)
         rows, draws = sampler.draw(everyone, 1)
         views = []
         for view in (0, 1):
-            parameters = AugmentParameters.draw(policy, 8, config.seed, everyone, draws[:, 0], view)
-            views.append(normalise(augment(data.take(rows[:, 0], "cpu"), parameters, policy), MEAN, STD))
+            parameters = AugmentParameters.draw(policy, 8, config.seed, everyone, draws, view)
+            views.append(normalise(augment(data.take(rows, "cpu"), parameters, policy), MEAN, STD))
         for m, o in zip(momentum.parameters(), online.parameters(), strict=True):
             m.mul_(0.99).add_(o.detach(), alpha=0.01)
         loss, keys = torch.zeros(()), []
@@ -211,7 +211,7 @@ def test_a_state_with_a_weight_that_is_not_finite_is_not_kept() -> None:
     data, half, server, sampler = parts(config)
     trainer = Trainer(config, LocalCohort(half, config, data, sampler, MEAN, STD, CPU), server, 30)
     trainer.state_dict()
-    next(iter(trainer.cohort.online.values())).data[2] = float("inf")
+    next(iter(trainer.cohort.online.parameters_of.values()))[2] = float("inf")
     trainer.check()  # the loss does not show it yet
     with pytest.raises(RunError, match="a weight is not finite"):
         trainer.state_dict()

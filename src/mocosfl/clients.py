@@ -1,7 +1,7 @@
 """The clients as the trainer sees them, and all of them simulated in one process.
 
 A *cohort* stands for every client of a run. The training loop does not know where they are: ``LocalCohort`` computes
-them here, as one batched computation over stacked weights.
+them here, side by side as one network.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.profiler import record_function
 
+from mocosfl.compute import autocast, compiled, fusible
 from mocosfl.config import Config
 from mocosfl.contrast import update_momentum
-from mocosfl.data.augment import AugmentParameters, Policy, augment, normalise
+from mocosfl.data.augment import AugmentParameters, Policy, augmented, normalise
 from mocosfl.data.images import ImageSet, upload
 from mocosfl.data.sampler import ClientSampler
+from mocosfl.distributed import World
+from mocosfl.models.side_by_side import SideBySide, Stack
 from mocosfl.sync import fedavg
-
-Stack = dict[str, Tensor]
-"""Parameters or buffers by name, each with a leading dimension for the clients."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,15 @@ class Latents:
         key: (V, n, ...) float32, from the momentum halves; ``key[i]`` is the other view of the images of
             ``query[i]``.
         clients: (P,) int64, the clients in the order of their pieces.
-        size: images of one client; n = P * size.
+        sizes: (P,) int64, images of each client; n is their sum.
+        shares: n of every process of the run; one number where there is one process.
     """
 
     query: Tensor
     key: Tensor
     clients: NDArray[np.int64]
-    size: int
+    sizes: NDArray[np.int64]
+    shares: tuple[int, ...]
 
 
 class Cohort(Protocol):
@@ -78,10 +80,12 @@ class Cohort(Protocol):
 class LocalCohort:
     """All clients in this process: the simulator.
 
-    Weights of the active clients are stacked, one tensor a parameter with the clients first, and run as one batched
-    computation; a step has no loop over clients. What a client keeps while it is outside the pool (momentum copies
-    that are not averaged, SGD momentum if it is kept) lies in a bank of all N; without such things memory grows with
-    the pool alone.
+    The halves of the active clients are laid side by side as one network (``models.side_by_side``); a step has no loop
+    over clients. What a client keeps while it is outside the pool (momentum copies that are not averaged, SGD momentum
+    if it is kept) lies in a bank of all N; without such things memory grows with the pool alone.
+
+    Where all clients are averaged after every step, their halves never differ when they are used: then one half stands
+    for all of them, and moves by the average of their gradients, which is exact.
 
     Args:
         half: the client half, initialised; every client starts from it.
@@ -90,6 +94,7 @@ class LocalCohort:
         sampler: draws each client's images.
         mean, std: (C,) of the training images in [0, 1].
         device: where to compute.
+        world: the processes of the run: each holds a part of the active clients, consecutive ones.
     """
 
     def __init__(
@@ -101,26 +106,52 @@ class LocalCohort:
         mean: Tensor,
         std: Tensor,
         device: torch.device,
+        world: World | None = None,
     ) -> None:
         self.config, self.images, self.sampler, self.device = config, images, sampler, device
+        self.world = world or World()
         self.mean, self.std = mean.to(device), std.to(device)
         self.policy = Policy.of(config.augment)
-        self.half = half.to(device).train()
         self.pool = np.arange(config.pool)
+        self.sizes = config.batches
         self.contributed = np.zeros(config.pool, dtype=np.int64)
-        self.online = {name: self._stacked(p).requires_grad_() for name, p in self.half.named_parameters()}
-        self.momentum = {name: self._stacked(p) for name, p in self.half.named_parameters()}
-        self.online_buffers = {name: self._stacked(b) for name, b in self.half.named_buffers()}
-        self.momentum_buffers = {name: self._stacked(b) for name, b in self.half.named_buffers()}
-        self.velocity = {name: torch.zeros_like(p) for name, p in self.momentum.items()}
+        self.identical = (
+            config.sync.every == 1
+            and config.pool == config.clients.number
+            and config.model.client_norm == "group"  # BatchNorm would mix the clients' statistics
+            and self.sizes.min() == self.sizes.max()
+        )
+        self.seats = self.world.share(config.pool)  # of the pool, those computed by this process
+        parts = [self.world.share(config.pool, rank) for rank in range(self.world.size)]
+        self.seats_of = [part.stop - part.start for part in parts]
+        self.shares = tuple(int(self.sizes[part].sum()) for part in parts)
+        seats = [self.shares[self.world.rank]] if self.identical else self.sizes[self.seats].tolist()
+        self.online = SideBySide(half, seats, device)
+        self.momentum = SideBySide(half, seats, device).requires_grad_(False)
+        self.velocity = {name: torch.zeros_like(p) for name, p in self.online.parameters_of.items()}
+        self.optimizer = self._optimizer()
+        self._augmented = compiled(augmented, config)
+        self._online, self._momentum = compiled(self.online, config), compiled(self.momentum, config)
         self.bank = {
             group: {name: t[:1].repeat(config.clients.number, *[1] * (t.ndim - 1)) for name, t in stack.items()}
             for group, stack in self._kept().items()
         }
         self._query: Tensor | None = None
 
-    def _stacked(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().to(self.device).repeat(self.config.pool, *[1] * tensor.ndim)
+    def _optimizer(self) -> torch.optim.SGD:
+        """One SGD for all clients: it works number by number. Its momentum lies in ``velocity``."""
+        settings = self.config.train
+        optimizer = torch.optim.SGD(
+            self.online.parameters(),
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            fused=fusible(self.device),
+        )
+        for (a, b, _), wide in zip(self.online.runs, self.online.networks, strict=True):
+            for name, parameter in wide.named_parameters():
+                optimizer.state[parameter]["momentum_buffer"] = self.velocity[name][a:b].flatten(0, 1)
+        return optimizer
 
     def _kept(self) -> dict[str, Stack]:
         """What clients keep for themselves while they are outside the pool."""
@@ -130,8 +161,16 @@ class LocalCohort:
         if self.config.clients.keep_optimizer:
             kept["velocity"] = self.velocity
         if not self.config.sync.momentum:
-            kept["momentum"] = self.momentum | self.momentum_buffers
+            kept["momentum"] = self.momentum.parameters_of | self.momentum.buffers_of
         return kept
+
+    def _everyone(self, stack: Tensor) -> Tensor:
+        """The whole pool's, from every process's own."""
+        return stack if self.identical else self.world.gather(stack, self.seats_of)
+
+    def _own(self, stack: Tensor) -> Tensor:
+        """This process's, of the whole pool's."""
+        return stack if self.identical else stack[self.seats]
 
     @torch.no_grad()
     def activate(self, pool: NDArray[np.int64]) -> None:
@@ -140,105 +179,106 @@ class LocalCohort:
         kept = self._kept()
         for group, stack in kept.items():
             for name, tensor in stack.items():
-                self.bank[group][name][leave] = tensor
-                tensor.copy_(self.bank[group][name][enter])
+                self.bank[group][name][leave] = self._everyone(tensor)
+                tensor.copy_(self.bank[group][name][self._own(enter)])
         if "velocity" not in kept and not np.array_equal(pool, self.pool):
             stays = upload(np.isin(pool, self.pool), self.device)
             seat = upload(np.searchsorted(self.pool, pool).clip(max=len(pool) - 1), self.device)
             for tensor in self.velocity.values():
-                tensor.copy_(tensor[seat] * stays.view(-1, *[1] * (tensor.ndim - 1)))
+                taken = self._everyone(tensor)[seat] * stays.view(-1, *[1] * (tensor.ndim - 1))
+                tensor.copy_(self._own(taken))
         self.pool = pool
         self.contributed[:] = 0
 
-    def _run(self, parameters: Stack, buffers: Stack, views: Tensor) -> Tensor:
-        """Every client's half on its own images: (P, n, C, S, S) to (P, n, ...)."""
-
-        def one(parameters: Stack, buffers: Stack, views: Tensor) -> Tensor:
-            return functional_call(self.half, (parameters, buffers), (views,))
-
-        return vmap(one)(parameters, buffers, views)
-
     def forward(self) -> Latents:
         """Draw images, make two views, run both halves; see ``Cohort.forward``."""
-        config, pool = self.config, self.pool
-        rows, draws = self.sampler.draw(pool, config.clients.batch)  # (P, B)
-        images = self.images.take(rows.ravel(), self.device)
-        parameters = AugmentParameters.draw(
-            self.policy,
-            images.shape[-1],
-            config.seed,
-            client=pool[:, None, None],
-            draw=draws[:, None],
-            view=np.arange(2)[:, None],
-        )  # client after client, first views before second views
-        twice = images.view(len(pool), 1, -1, *images.shape[1:]).expand(-1, 2, -1, -1, -1, -1)
-        views = normalise(augment(twice.flatten(0, 2), parameters, self.policy), self.mean, self.std)
-        views = views.view(len(pool), 2, -1, *images.shape[1:])  # (P, 2, B, C, S, S)
+        config, own = self.config, slice(sum(self.shares[: self.world.rank]), sum(self.shares[: self.world.rank + 1]))
+        with record_function("augment"):
+            rows, draws = self.sampler.draw(self.pool, self.sizes)  # of the whole pool, so that all counters agree
+            images = self.images.take(rows[own], self.device)
+            parameters = AugmentParameters.draw(
+                self.policy,
+                images.shape[-1],
+                config.seed,
+                client=np.repeat(self.pool, self.sizes)[own],
+                draw=draws[own],
+                view=np.arange(2)[:, None],
+            )
+            twice = images.expand(2, *images.shape).flatten(0, 1)
+            views = self._augmented(twice, parameters.to(self.device), self.policy)
+            views = normalise(views, self.mean, self.std).unflatten(0, (2, -1))  # (2, n, C, S, S)
 
-        both = config.contrast.both_views
-        first = views.flatten(1, 2) if both else views[:, 0]
-        second = views.flip(1).flatten(1, 2) if both else views[:, 1]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-            query = self._run(self.online, self.online_buffers, first)
-            update_momentum(self.momentum.values(), self.online.values(), config.contrast.momentum)
+        first, second = (views, views.flip(0)) if config.contrast.both_views else (views[:1], views[1:])
+        with record_function("clients: forward"), autocast(self.device, config):
+            query = self._online(first)
+            update_momentum(self.momentum.parameters(), self.online.parameters(), config.contrast.momentum)
             with torch.no_grad():
-                key = self._run(self.momentum, self.momentum_buffers, second)
+                key = self._momentum(second)
         full = torch.promote_types(query.dtype, torch.float32)
         self._query = query.to(full)
-        self.contributed += config.clients.batch
-        return Latents(self._by_view(self._query.detach()), self._by_view(key.to(full)), pool, config.clients.batch)
-
-    def _by_view(self, latents: Tensor) -> Tensor:
-        """(P, V * B, ...) to (V, P * B, ...)."""
-        views = 2 if self.config.contrast.both_views else 1
-        return latents.unflatten(1, (views, -1)).transpose(0, 1).flatten(1, 2)
+        self.contributed += self.sizes
+        clients, sizes = self.pool[self.seats], self.sizes[self.seats]
+        return Latents(self._query.detach(), key.to(full), clients, sizes, self.shares)
 
     def backward(self, gradients: Tensor, lr: float) -> None:
         """Back-propagate each client's piece through its half; one SGD step each."""
         if self._query is None:
             raise RuntimeError("backward needs a forward before it")
-        pieces = gradients.unflatten(1, (len(self.pool), -1)).transpose(0, 1).flatten(1, 2)  # as _query
-        parameters = list(self.online.values())
-        grads = list(torch.autograd.grad(self._query, parameters, pieces))
+        with record_function("clients: backward"):
+            self._query.backward(gradients)
         self._query = None
-        with torch.no_grad():
-            settings, velocity = self.config.train, list(self.velocity.values())
-            torch._foreach_add_(grads, parameters, alpha=settings.weight_decay)
-            torch._foreach_mul_(velocity, settings.momentum)
-            torch._foreach_add_(velocity, grads)
-            torch._foreach_add_(parameters, velocity, alpha=-lr)
+        with record_function("clients: update"):
+            if self.identical:  # the gradients' sum over the clients becomes their average
+                grads = [p.grad for p in self.online.parameters() if p.grad is not None]
+                torch._foreach_div_(grads, len(self.pool))
+                self.world.add(grads)
+            self.optimizer.param_groups[0]["lr"] = lr
+            self.optimizer.step()
+            self.optimizer.zero_grad()
 
     @torch.no_grad()
     def synchronise(self) -> None:
         """FedAvg of the online halves, and of the momentum halves too if ``sync.momentum``."""
-        groups = [self.online, self.online_buffers]
-        if self.config.sync.momentum:
-            groups += [self.momentum, self.momentum_buffers]
-        weights = self._weights()
-        for stack in groups:
-            for tensor in stack.values():
-                tensor.copy_(fedavg(tensor, weights).expand_as(tensor))
-        self.contributed[:] = 0
+        with record_function("clients: synchronise"):
+            halves = [self.online, self.momentum] if self.config.sync.momentum else [self.online]
+            stacks = [t for half in halves for t in (half.parameters_of | half.buffers_of).values()]
+            for stack, mean in zip(stacks, self._means(stacks), strict=True):
+                stack.copy_(mean.expand_as(stack))
+            self.contributed[:] = 0
 
-    def _weights(self) -> Tensor:
-        """(P,) images contributed since the last average; equal where nobody has contributed yet."""
+    def _means(self, stacks: list[Tensor]) -> list[Tensor]:
+        """Averages over the pool, weighted by the images contributed since the last one."""
+        if self.identical:
+            return [stack[0] for stack in stacks]
         images = self.contributed if self.contributed.any() else np.ones_like(self.contributed)
-        return upload(images.astype(np.float32), self.device)
+        own = images[self.seats]
+        weights = upload(own.astype(np.float32), self.device)
+        means = [fedavg(stack, weights) * (own.sum() / images.sum()) for stack in stacks]
+        self.world.add(means)
+        return means
 
     @torch.no_grad()
     def average(self) -> dict[str, Tensor]:
         """The average client half as a state dict; changes nothing."""
-        weights = self._weights()
-        return {name: fedavg(t.detach(), weights) for name, t in (self.online | self.online_buffers).items()}
+        half = self.online.parameters_of | self.online.buffers_of
+        return dict(zip(half, self._means(list(half.values())), strict=True)) | self.online.counters()
+
+    def _stacks(self) -> dict[str, Stack]:
+        return {
+            "online": self.online.parameters_of,
+            "online_buffers": self.online.buffers_of,
+            "momentum": self.momentum.parameters_of,
+            "momentum_buffers": self.momentum.buffers_of,
+            "velocity": self.velocity,
+        }
 
     def state_dict(self) -> dict[str, Any]:
-        """All stacks, the bank, the pool and the counters."""
+        """The whole pool's stacks, the bank, the pool and the counters."""
         return {
-            "online": {name: t.detach() for name, t in self.online.items()},
-            "online_buffers": self.online_buffers,
-            "momentum": self.momentum,
-            "momentum_buffers": self.momentum_buffers,
-            "velocity": self.velocity,
+            group: {name: self._everyone(tensor) for name, tensor in stack.items()}
+            for group, stack in self._stacks().items()
+        } | {
+            "counters": self.online.counters(),
             "bank": self.bank,
             "pool": torch.from_numpy(self.pool),
             "contributed": torch.from_numpy(self.contributed),
@@ -247,10 +287,12 @@ class LocalCohort:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore ``state_dict``'s result, in place."""
-        for group in ("online", "online_buffers", "momentum", "momentum_buffers", "velocity"):
-            for name, tensor in getattr(self, group).items():
-                tensor.copy_(state[group][name])
+        """Restore ``state_dict``'s result, in place; it may come from a run with another number of processes."""
+        for group, stack in self._stacks().items():
+            for name, tensor in stack.items():
+                tensor.copy_(self._own(state[group][name]))
+        for half in (self.online, self.momentum):
+            half.set_counters(state["counters"])
         for group, stack in self.bank.items():
             for name, tensor in stack.items():
                 tensor.copy_(state["bank"][group][name])

@@ -9,7 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mocosfl.errors import SettingError, nearest
@@ -191,6 +193,10 @@ class ClientSettings(Settings):
     """Steps of a round. Unset: as many as a pass over the average client's images takes."""
     batch: Count = 1
     """B: images of one client in one step."""
+    rich_share: Share = 0
+    """Share of the clients that are rich: the last ones by number, in the same share in every pool."""
+    rich_batch_factor: Count = 1
+    """So many times the batch of the others is that of a rich client."""
     lr: Annotated[float, Field(gt=0)] | None = None
     """Learning rate of the client halves. Unset: the server's."""
     lr_scale: Literal["batch_mean", "per_client_mean"] = "batch_mean"
@@ -230,8 +236,12 @@ class TrainSettings(Settings):
     """Share of the steps over which the learning rates rise from zero; then they fall to zero along a cosine."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: the networks run under bfloat16 autocast; weights, loss and queue stay fp32."""
+    compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off"
+    """torch.compile of both halves, the loss and the augmentation, and its mode; reduce-overhead and max-autotune
+    record CUDA graphs. The first step then takes a minute or more. On a CPU it needs a C++ compiler."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps, or auto: cuda if this machine has it, else cpu."""
+    """cpu, cuda, cuda:1, mps, or auto: cuda if this machine has it, else cpu. Under torchrun, auto gives each process
+    a GPU of its own."""
     log_every: Count = 10
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: Count = 200
@@ -286,6 +296,20 @@ class Config(Settings):
                 "model.client_norm=batch: BatchNorm has nothing to average over at clients.batch=1; "
                 "use model.client_norm=group or a larger batch"
             )
+        if clients.rich_share > 0 and not 0 < self.pool_rich < self.pool:
+            raise ValueError(
+                f"clients.rich_share={clients.rich_share}: of {self.pool} active clients {self.pool_rich} would be "
+                "rich; there must be some of either kind"
+            )
+        if clients.rich_batch_factor > 1 and clients.rich_share == 0:
+            raise ValueError(
+                f"clients.rich_batch_factor={clients.rich_batch_factor}: no client is rich; set clients.rich_share too"
+            )
+        if not contrast.feature_sharing and clients.rich_batch_factor > 1:
+            raise ValueError(
+                f"clients.rich_batch_factor={clients.rich_batch_factor}: needs contrast.feature_sharing=True, because "
+                "the clients' own queues take in equally many keys"
+            )
         if not contrast.feature_sharing and contrast.queue < clients.number:
             raise ValueError(
                 f"contrast.queue={contrast.queue}: without feature sharing each of the {clients.number} clients "
@@ -299,9 +323,26 @@ class Config(Settings):
         return self.clients.pool or self.clients.number
 
     @property
+    def rich(self) -> int:
+        """Rich clients, the last ones by number."""
+        return round(self.clients.rich_share * self.clients.number)
+
+    @property
+    def pool_rich(self) -> int:
+        """Rich clients active in a round."""
+        return min(round(self.clients.rich_share * self.pool), self.rich)
+
+    @property
+    def batches(self) -> NDArray[np.int64]:
+        """Images of each active client in a step, (P,)."""
+        batches = np.full(self.pool, self.clients.batch)
+        batches[self.pool - self.pool_rich :] *= self.clients.rich_batch_factor
+        return batches
+
+    @property
     def step_images(self) -> int:
         """Images of one step, over all active clients."""
-        return self.pool * self.clients.batch
+        return int(self.batches.sum())
 
     def to_yaml(self) -> str:
         """All settings, defaults included."""

@@ -82,6 +82,12 @@ def federate(config: Config, say: Callable[[str], None]) -> Federation:
         config.seed,
         config.clients.batch,
     )
+    batch = config.clients.batch * config.clients.rich_batch_factor
+    if config.rich and (fewest := held.sizes[-config.rich :].min()) < batch:
+        raise SettingError(
+            f"clients.rich_batch_factor={config.clients.rich_batch_factor}: a rich client would use {batch} images "
+            f"in a step, and one of them holds only {fewest}"
+        )
     return Federation(splits, rows, held_out, held)
 
 
@@ -156,7 +162,7 @@ def train(
     else:
         Run.check_free(out, overwrite)
     federation = federate(config, say)
-    parts = _build(config, federation, device)  # what does not fit fails here, before the folder is touched
+    parts = build(config, federation, device)  # what does not fit fails here, before the folder is touched
     run = Run(Path(out), config) if resume else Run.create(out, config, overwrite)
     with run.locked(), _reproducible(device):
         run.check_data(_data_facts(federation, parts.encoder))
@@ -164,14 +170,14 @@ def train(
 
 
 @dataclass(frozen=True)
-class _Parts:
+class Parts:
     encoder: Encoder
     cohort: LocalCohort
     server: Server
     device: torch.device
 
 
-def _build(config: Config, federation: Federation, device: torch.device) -> _Parts:
+def build(config: Config, federation: Federation, device: torch.device) -> Parts:
     """Models, clients and server in their initial state."""
     images = federation.splits.train.to(device)
     mean, std = channel_statistics(images, federation.train_rows)
@@ -183,13 +189,13 @@ def _build(config: Config, federation: Federation, device: torch.device) -> _Par
     sampler = ClientSampler(federation.partition, config.seed)
     cohort = LocalCohort(encoder.client, config, images, sampler, encoder.mean, encoder.std, device)
     server = Server(encoder.server, head, config, WIDTHS[config.model.head], device)
-    return _Parts(encoder, cohort, server, device)
+    return Parts(encoder, cohort, server, device)
 
 
 def _train(
     run: Run,
     federation: Federation,
-    parts: _Parts,
+    parts: Parts,
     callbacks: tuple[Callback, ...],
     console: Console,
     say: Callable[[str], None],

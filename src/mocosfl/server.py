@@ -6,14 +6,19 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from mocosfl.clients import Latents
+from mocosfl.compute import autocast, compiled, fusible
 from mocosfl.config import Config
 from mocosfl.contrast import KeyQueue, infonce, update_momentum
 from mocosfl.data.images import upload
+from mocosfl.distributed import World
+from mocosfl.models.layers import share_statistics
 from mocosfl.randomness import stream
 
 
@@ -26,11 +31,22 @@ class Server:
         config: the whole configuration.
         dim: D, the head's output width.
         device: where to compute.
+        world: the processes of the run; each holds a replica of the server, and all replicas stay alike.
     """
 
-    def __init__(self, half: nn.Module, head: nn.Module, config: Config, dim: int, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(
+        self,
+        half: nn.Module,
+        head: nn.Module,
+        config: Config,
+        dim: int,
+        device: torch.device,
+        world: World | None = None,
+    ) -> None:
+        self.config, self.device, self.world = config, device, world or World()
         self.online = nn.Sequential(half, head).to(device).train()
+        if self.world.size > 1:
+            share_statistics(self.online)
         if device.type == "cpu":  # a step takes two thirds of the time there
             self.online.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.momentum = copy.deepcopy(self.online).requires_grad_(False)
@@ -42,13 +58,16 @@ class Server:
             lr=config.train.lr,
             momentum=config.train.momentum,
             weight_decay=config.train.weight_decay,
+            fused=fusible(device),
         )
+        self._online, self._momentum = compiled(self.online, config), compiled(self.momentum, config)
+        self._loss = compiled(_loss, config)
 
     def step(self, latents: Latents, lr: float) -> tuple[Tensor, dict[str, Tensor]]:
         """One step on the concatenated latents of all clients.
 
         Args:
-            latents: of the active clients.
+            latents: of the active clients; with several processes, of this process's share of them.
             lr: learning rate of the server half.
 
         Returns:
@@ -56,41 +75,51 @@ class Server:
             metrics ``loss`` and ``contrast_accuracy`` (share of positives that beat the whole queue) as tensors
             that nobody has waited for.
         """
-        contrast = self.config.contrast
+        contrast, world, total = self.config.contrast, self.world, sum(latents.shares)
         query = latents.query.requires_grad_()  # (V, n, ...)
         into_online, into_momentum = query, latents.key
         if contrast.symmetric and not contrast.both_views:  # the other way round: no client learns from that one
             into_online = torch.cat([query, latents.key])
             into_momentum = torch.cat([latents.key, query.detach()])
 
-        update_momentum(self.momentum.parameters(), self.online.parameters(), contrast.momentum)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
-            q = self.online(into_online.flatten(0, 1))
+        with record_function("server: moving average"):
+            update_momentum(self.momentum.parameters(), self.online.parameters(), contrast.momentum)
+        with record_function("server: forward"), autocast(self.device, self.config), world.together():
+            q = self._online(into_online.flatten(0, 1))
             with torch.no_grad():
-                k = self.momentum(into_momentum.flatten(0, 1))
-        full = torch.promote_types(q.dtype, torch.float32)
-        q, k = (F.normalize(x.to(full), dim=1).unflatten(0, (len(into_online), -1)) for x in (q, k))  # (ways, n, D)
+                k = self._momentum(into_momentum.flatten(0, 1))
 
-        rings = None
-        if not contrast.feature_sharing:
-            rings = upload(latents.clients, self.device)
-        negatives = self.queue.keys[0] if rings is None else self.queue.keys[rings]
-        ways = [infonce(*pair, negatives, contrast.temperature) for pair in zip(q, k, strict=True)]
-        losses, hits = (torch.stack(both) for both in zip(*ways, strict=True))  # (ways, n)
-        loss = losses.sum(dim=0).mean()  # over the concatenated batch
+        rings = None if contrast.feature_sharing else upload(latents.clients, self.device)
+        with record_function("server: loss"):
+            full = torch.promote_types(q.dtype, torch.float32)
+            q, k = (x.to(full).unflatten(0, (len(into_online), -1)) for x in (q, k))  # (ways, n, D)
+            negatives = self.queue.keys[0] if rings is None else self.queue.keys[rings]
+            losses, hits, k = self._loss(q, k, negatives, contrast.temperature)
+            loss = losses.sum() / total  # over the concatenated batch of all processes
+        with record_function("server: backward"), world.together():
+            self.optimizer.zero_grad()
+            loss.backward()
+        metrics = torch.stack([loss.detach(), hits.sum().to(loss.dtype) / (len(q) * total)])
+        world.add([*(p.grad for p in self.online.parameters() if p.grad is not None), metrics])
+        with record_function("server: optimizer"):
+            self.optimizer.param_groups[0]["lr"] = lr
+            self.optimizer.step()
 
-        self.optimizer.param_groups[0]["lr"] = lr
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        pieces = 1 if rings is None else len(rings)
-        self.queue.push(k.unflatten(1, (pieces, -1)).transpose(0, 1).flatten(1, 2), rings)
+        with record_function("server: queue"):
+            k = world.gather(k, latents.shares, dim=1)
+            if rings is not None:
+                rings = world.gather(rings, [n // int(latents.sizes[0]) for n in latents.shares])
+            pieces = 1 if rings is None else len(rings)
+            self.queue.push(k.unflatten(1, (pieces, -1)).transpose(0, 1).flatten(1, 2), rings)
 
         gradients = query.grad
         assert gradients is not None
         if self.config.clients.lr_scale == "per_client_mean":
-            gradients = gradients * (query.shape[1] / latents.size)
-        return gradients, {"loss": loss.detach(), "contrast_accuracy": hits.float().mean()}
+            times = np.repeat(total / latents.sizes, latents.sizes)  # (n,)
+            double = gradients.dtype == torch.float64
+            scale = upload(times.astype(np.float64 if double else np.float32), self.device)
+            gradients = gradients * scale.view(-1, *[1] * (gradients.ndim - 2))
+        return gradients, {"loss": metrics[0], "contrast_accuracy": metrics[1]}
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs."""
@@ -107,3 +136,10 @@ class Server:
         self.momentum.load_state_dict(state["momentum"])
         self.queue.load_state_dict(state["queue"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _loss(q: Tensor, k: Tensor, negatives: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """InfoNCE of every way: (ways, n, D) twice to losses and hits, (ways, n), and normalised keys, (ways, n, D)."""
+    q, k = F.normalize(q, dim=2), F.normalize(k, dim=2)
+    losses, hits = zip(*(infonce(*pair, negatives, temperature) for pair in zip(q, k, strict=True)), strict=True)
+    return torch.stack(losses), torch.stack(hits), k

@@ -14,6 +14,7 @@ from torch import Tensor
 from mocosfl.clients import Cohort
 from mocosfl.config import Config
 from mocosfl.data.sampler import pool_of_round
+from mocosfl.distributed import World
 from mocosfl.errors import RunError
 from mocosfl.server import Server
 
@@ -46,7 +47,8 @@ class Trainer:
         cohort: the clients.
         server: the server.
         images: size of the training set.
-        callbacks: run in this order.
+        callbacks: run in this order, on every process of the run.
+        world: the processes of the run.
 
     Attributes:
         step: steps done.
@@ -57,14 +59,21 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, cohort: Cohort, server: Server, images: int, callbacks: Sequence[Callback] = ()
+        self,
+        config: Config,
+        cohort: Cohort,
+        server: Server,
+        images: int,
+        callbacks: Sequence[Callback] = (),
+        world: World | None = None,
     ) -> None:
         self.config, self.cohort, self.server, self.callbacks = config, cohort, server, callbacks
+        self.world = world or World()
         self.steps_per_epoch = images / config.step_images
         self.steps = max(1, round(config.train.epochs * self.steps_per_epoch))
         self.warmup = round(config.train.warmup * self.steps)
-        number, batch = config.clients.number, config.clients.batch
-        self.round_steps = config.clients.round or max(1, round(images / (number * batch)))
+        number = config.clients.number
+        self.round_steps = config.clients.round or max(1, round(images * config.pool / (number * config.step_images)))
         self.step = 0
         self.stop = False
         self.latest: dict[str, float] = {}
@@ -76,7 +85,7 @@ class Trainer:
         for callback in self.callbacks:
             callback.before_training(self)
         sampled = self.config.pool < self.config.clients.number
-        while self.step < self.steps and not self.stop:
+        while self.step < self.steps and not self.world.any(self.stop):
             if sampled and self.step % self.round_steps == 0:
                 self.cohort.activate(self._pool(self.step // self.round_steps))
             self.rates = server_lr, client_lr = self._learning_rates()
@@ -95,7 +104,8 @@ class Trainer:
             callback.after_training(self)
 
     def _pool(self, round_: int) -> NDArray[np.int64]:
-        return pool_of_round(self.config.seed, round_, self.config.clients.number, self.config.pool)
+        config = self.config
+        return pool_of_round(config.seed, round_, config.clients.number, config.pool, config.rich, config.pool_rich)
 
     def _at_sync_point(self, sampled: bool) -> bool:
         """After every so many steps (of a round, where pools are sampled), before the pool changes, at the end."""

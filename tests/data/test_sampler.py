@@ -15,7 +15,7 @@ def held(sizes: list[int]) -> Partition:
 
 def stream(sampler: ClientSampler, client: int, images: int) -> np.ndarray:
     """A client's next images, drawn one by one."""
-    return np.concatenate([sampler.draw(np.array([client]), 1)[0][0] for _ in range(images)])
+    return np.concatenate([sampler.draw(np.array([client]), 1)[0] for _ in range(images)])
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4, 5, 40])
@@ -24,7 +24,7 @@ def test_a_client_sees_every_image_once_an_epoch(client: int, batch: int) -> Non
     partition = held(SIZES)
     sampler, size, epochs = ClientSampler(partition, seed=3), SIZES[client], 4
     steps = -(-epochs * size // batch)  # the last batch may run into the next epoch
-    drawn = np.concatenate([sampler.draw(np.array([client]), batch)[0][0] for _ in range(steps)])
+    drawn = np.concatenate([sampler.draw(np.array([client]), batch)[0] for _ in range(steps)])
     for epoch in range(epochs):
         one = drawn[epoch * size : (epoch + 1) * size]
         np.testing.assert_array_equal(np.sort(one), np.sort(partition.client(client)))
@@ -32,7 +32,7 @@ def test_a_client_sees_every_image_once_an_epoch(client: int, batch: int) -> Non
 
 def test_the_next_epoch_has_another_order() -> None:
     sampler = ClientSampler(held([30]), seed=0)
-    epochs = [tuple(sampler.draw(np.array([0]), 30)[0][0]) for _ in range(20)]
+    epochs = [tuple(sampler.draw(np.array([0]), 30)[0]) for _ in range(20)]
     assert len(set(epochs)) == 20
 
 
@@ -40,7 +40,7 @@ def test_clients_and_seeds_have_orders_of_their_own() -> None:
     partition = held([20] * 5)
     orders = set()
     for seed in range(4):
-        rows, _ = ClientSampler(partition, seed).draw(np.arange(5), 20)
+        rows = ClientSampler(partition, seed).draw(np.arange(5), 20)[0].reshape(5, 20)
         for client in range(5):
             places = np.argsort(partition.client(client))[
                 np.searchsorted(np.sort(partition.client(client)), rows[client])
@@ -61,12 +61,21 @@ def test_rows_and_draws_have_a_row_for_each_client_of_the_pool() -> None:
     sampler = ClientSampler(partition, seed=1)
     pool = np.array([4, 0, 2])
     for step in range(3):
-        rows, draws = sampler.draw(pool, 5)
-        assert rows.shape == draws.shape == (3, 5)
+        rows, draws = (drawn.reshape(3, 5) for drawn in sampler.draw(pool, 5))
         assert rows.dtype == draws.dtype == np.int64
         np.testing.assert_array_equal(draws, np.tile(5 * step + np.arange(5), (3, 1)))
         for client, row in zip(pool, rows, strict=True):
             assert np.isin(row, partition.client(client)).all()
+
+
+def test_clients_may_draw_different_numbers_of_images() -> None:
+    sampler, alone = ClientSampler(held(SIZES), seed=1), [ClientSampler(held(SIZES), seed=1) for _ in SIZES]
+    pool, batches = np.array([0, 2, 4, 5]), np.array([1, 4, 4, 9])
+    for _ in range(3):
+        rows, draws = sampler.draw(pool, batches)
+        expected = [alone[client].draw(np.array([client]), batch) for client, batch in zip(pool, batches, strict=True)]
+        np.testing.assert_array_equal(rows, np.concatenate([rows for rows, _ in expected]))
+        np.testing.assert_array_equal(draws, np.concatenate([draws for _, draws in expected]))
 
 
 @pytest.mark.parametrize("batches", [[30], [4] * 7 + [2], [1, 2, 3, 4, 5, 6, 9], [7, 7, 16], [29, 1]])
@@ -75,8 +84,8 @@ def test_a_clients_images_do_not_depend_on_how_they_are_cut_into_batches(batches
     expected = stream(ClientSampler(held(SIZES), seed=2), client, 30)
     sampler = ClientSampler(held(SIZES), seed=2)
     drawn, numbers = zip(*(sampler.draw(np.array([client]), batch) for batch in batches), strict=True)
-    np.testing.assert_array_equal(np.concatenate(drawn, axis=1)[0], expected)
-    np.testing.assert_array_equal(np.concatenate(numbers, axis=1)[0], np.arange(30))
+    np.testing.assert_array_equal(np.concatenate(drawn), expected)
+    np.testing.assert_array_equal(np.concatenate(numbers), np.arange(30))
 
 
 def test_a_clients_images_do_not_depend_on_the_rest_of_the_pool() -> None:
@@ -85,7 +94,7 @@ def test_a_clients_images_do_not_depend_on_the_rest_of_the_pool() -> None:
     rng = np.random.default_rng(0)
     for _ in range(40):
         pool = rng.permutation(6)[: rng.integers(1, 7)]
-        rows, _ = sampler.draw(pool, 3)
+        rows = sampler.draw(pool, 3)[0].reshape(-1, 3)
         for client, row in zip(pool, rows, strict=True):
             found[client].extend(row)
     for client in range(6):
@@ -96,7 +105,7 @@ def test_a_clients_images_do_not_depend_on_the_rest_of_the_pool() -> None:
 def test_a_clients_order_does_not_depend_on_the_other_clients() -> None:
     alone = ClientSampler(held([12]), seed=4)
     among = ClientSampler(Partition(np.concatenate([held([12]).rows, np.arange(90, 99)]), np.array([0, 12, 21])), 4)
-    np.testing.assert_array_equal(alone.draw(np.array([0]), 30)[0][0], among.draw(np.arange(2), 30)[0][0])
+    np.testing.assert_array_equal(alone.draw(np.array([0]), 30)[0], among.draw(np.arange(2), 30)[0][:30])
 
 
 def test_only_the_counters_of_the_pool_move() -> None:
@@ -145,6 +154,19 @@ def test_a_pool_of_all_is_everybody_in_order(number: int) -> None:
         pool = pool_of_round(0, round_, number, number)
         assert pool.dtype == np.int64
         np.testing.assert_array_equal(pool, np.arange(number))
+
+
+@pytest.mark.parametrize(("number", "size", "rich", "rich_size"), [(50, 10, 5, 1), (50, 10, 20, 4), (9, 8, 2, 1)])
+def test_a_pool_has_its_share_of_rich_clients(number: int, size: int, rich: int, rich_size: int) -> None:
+    turns = np.zeros(number)
+    for round_ in range(400):
+        pool = pool_of_round(0, round_, number, size, rich, rich_size)
+        assert len(set(pool.tolist())) == size
+        assert (pool >= number - rich).sum() == rich_size
+        assert (np.diff(pool) > 0).all()
+        turns[pool] += 1
+    for kind, share in ((turns[:-rich], (size - rich_size) / (number - rich)), (turns[-rich:], rich_size / rich)):
+        assert np.abs(kind - 400 * share).max() <= 4 * np.sqrt(400 * share * (1 - share))
 
 
 def test_round_and_seed_decide_the_pool() -> None:

@@ -178,7 +178,11 @@ def augment(images: Tensor, parameters: AugmentParameters, policy: Policy) -> Te
     Returns:
         (n, C, S, S) float32 in [0, 1].
     """
-    p = parameters.to(images.device)
+    return augmented(images, parameters.to(images.device), policy)
+
+
+def augmented(images: Tensor, p: dict[str, Tensor], policy: Policy) -> Tensor:
+    """``augment`` with parameters that are on the device already: tensors alone, so that it can be compiled."""
     size, colour = images.shape[-1], images.shape[1] == 3
     x = images.float() / 255 if images.dtype == torch.uint8 else images
     rows = _resize_matrix(p["box"][:, 0], p["box"][:, 2], size)

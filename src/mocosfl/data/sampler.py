@@ -9,7 +9,9 @@ from mocosfl.data.partition import Partition
 from mocosfl.randomness import ORDER, POOL, bits, permuted
 
 
-def pool_of_round(seed: int, round_: int, number: int, size: int) -> NDArray[np.int64]:
+def pool_of_round(
+    seed: int, round_: int, number: int, size: int, rich: int = 0, rich_size: int = 0
+) -> NDArray[np.int64]:
     """Draw the clients of one round.
 
     Args:
@@ -17,6 +19,8 @@ def pool_of_round(seed: int, round_: int, number: int, size: int) -> NDArray[np.
         round_: number of the round, from 0.
         number: N, all clients.
         size: clients to draw.
+        rich: how many of all clients, the last ones by number, are rich.
+        rich_size: how many of those to draw.
 
     Returns:
         (size,) int64 client numbers in ascending order, all N of them where ``size`` is N.
@@ -24,7 +28,11 @@ def pool_of_round(seed: int, round_: int, number: int, size: int) -> NDArray[np.
     if size == number:
         return np.arange(number)
     keys = bits(seed, POOL, round_, np.arange(number))
-    return np.sort(np.argpartition(keys, size - 1)[:size])
+    poor, poor_size = number - rich, size - rich_size
+    drawn = [np.argpartition(keys[:poor], poor_size - 1)[:poor_size]] if poor_size else []
+    if rich_size:
+        drawn.append(poor + np.argpartition(keys[poor:], rich_size - 1)[:rich_size])
+    return np.sort(np.concatenate(drawn))
 
 
 class ClientSampler:
@@ -42,19 +50,24 @@ class ClientSampler:
         self.seed = seed
         self.drawn = np.zeros(len(partition), dtype=np.int64)
 
-    def draw(self, pool: NDArray[np.int64], batch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def draw(
+        self, pool: NDArray[np.int64], batches: NDArray[np.int64] | int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Draw the next images of every client of the pool.
 
         Args:
             pool: (P,) int64 client numbers, distinct.
-            batch: B, images a client.
+            batches: images of each client, (P,) int64, or one number for all; n is their sum.
 
         Returns:
-            The rows of the training set, (P, B) int64, and the number of each draw, (P, B) int64.
+            The rows of the training set, (n,) int64, client after client, and the number of each draw, (n,) int64.
         """
-        sizes, starts = self.partition.sizes[pool, None], self.partition.offsets[pool, None]
-        draws = self.drawn[pool, None] + np.arange(batch)
-        self.drawn[pool] += batch
-        epoch, position = draws // sizes, draws % sizes
-        item = permuted(position, sizes, self.seed, ORDER, pool[:, None], epoch)
-        return self.partition.rows[starts + item], draws
+        batches = np.broadcast_to(batches, pool.shape)
+        client = np.repeat(pool, batches)
+        within = np.arange(len(client)) - np.repeat(batches.cumsum() - batches, batches)
+        draws = self.drawn[client] + within
+        self.drawn[pool] += batches
+        start, stop = self.partition.offsets[client], self.partition.offsets[client + 1]
+        epoch, position = np.divmod(draws, stop - start)
+        item = permuted(position, stop - start, self.seed, ORDER, client, epoch)
+        return self.partition.rows[start + item], draws

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
 Norm = Literal["group", "batch"]
 CHANNELS_PER_GROUP = 4
@@ -45,6 +46,56 @@ class GroupNorm(nn.GroupNorm):
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels // CHANNELS_PER_GROUP, channels)
+
+
+class SharedBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the batches of all processes of a run together.
+
+    ``torch.nn.SyncBatchNorm`` does the same on GPUs alone.
+
+    Args:
+        norm: the BatchNorm to replace; its weights and statistics are taken over under the same names.
+
+    Shape: input and output (n, C, ...).
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum)
+        self.weight, self.bias = norm.weight, norm.bias
+        for name, buffer in norm.named_buffers():
+            setattr(self, name, buffer)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any number of dimensions will do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        dims, shape = [d for d in range(x.ndim) if d != 1], [1, -1, *[1] * (x.ndim - 2)]
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        sums = all_reduce(torch.cat([y.sum(dims), y.new_tensor([y.numel() / y.shape[1]])]))
+        mean, count = sums[:-1] / sums[-1], sums[-1]
+        y = y - mean.view(shape)
+        variance = all_reduce(y.square().sum(dims)) / count
+        with torch.no_grad():
+            share = self.momentum or 0.0
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+            self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), share)
+            self.num_batches_tracked.add_(1)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return (y * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
+
+
+def share_statistics(network: nn.Module) -> None:
+    """Let every BatchNorm of a network average over the batches of all processes, in place."""
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+                setattr(parent, name, SharedBatchNorm(child))
 
 
 def conv_of(norm: Norm) -> Callable[..., nn.Conv2d]:
