@@ -85,12 +85,16 @@ class Monitor(Callback):
     """kNN accuracy on the held-out images, before the first step, every ``evaluation.every`` epochs, and at the end.
 
     Args:
-        log: where the accuracy is written.
-        knn: computes it, in percent, with the clients' average half.
+        log: where the accuracy is written; None on the processes that do not write.
+        knn: computes it, in percent, with the clients' average half; every process takes part.
+
+    Attributes:
+        seconds: spent on it, over all resumes.
     """
 
-    def __init__(self, log: MetricsLog, knn: Callable[[], float]) -> None:
+    def __init__(self, log: MetricsLog | None, knn: Callable[[], float]) -> None:
         self.log, self.knn = log, knn
+        self.seconds = 0.0
 
     def before_training(self, trainer: Trainer) -> None:
         """Measure the untrained encoder."""
@@ -104,19 +108,36 @@ class Monitor(Callback):
             self._measure(trainer)
 
     def _measure(self, trainer: Trainer) -> None:
-        self.log.write(trainer, {"knn_held_out": self.knn()})
+        began = time.monotonic()
+        accuracy = self.knn()
+        self.seconds += time.monotonic() - began
+        if self.log is not None:
+            self.log.write(trainer, {"knn_held_out": accuracy})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The seconds spent."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state_dict``'s result."""
+        self.seconds = state["seconds"]
 
 
 class Checkpoints(Callback):
-    """Writes the whole state every ``train.checkpoint_every`` steps, at the end, and when the run is asked to stop."""
+    """Writes the whole state every ``train.checkpoint_every`` steps, at the end, and when the run is asked to stop.
+
+    All processes of a run put the state together; the first writes it.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self.saved: int | None = None
 
     def before_training(self, trainer: Trainer) -> None:
         """Keep the state at the start too: then there is always one to go on from."""
-        if self.run.latest_step is None:
+        if trainer.step == 0:
             self._save(trainer)
+        self.saved = trainer.step
 
     def after_step(self, trainer: Trainer, metrics: dict[str, Tensor]) -> None:
         """Save when it is time."""
@@ -125,11 +146,14 @@ class Checkpoints(Callback):
 
     def after_training(self, trainer: Trainer) -> None:
         """Save where the run ended or was stopped."""
-        if self.run.latest_step != trainer.step:
+        if self.saved != trainer.step:
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        self.run.save_checkpoint(trainer.step, trainer.state_dict())
+        state = trainer.state_dict()
+        if trainer.world.rank == 0:
+            self.run.save_checkpoint(trainer.step, state)
+        self.saved = trainer.step
 
 
 class ProgressLine(Callback):

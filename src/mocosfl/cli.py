@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mocosfl.config import Config
-from mocosfl.errors import MocosflError, nearest
+from mocosfl.errors import MocosflError, ReportedElsewhere, nearest
 from mocosfl.recipes import RECIPES, recipe
 
 INTERRUPTED = 130
@@ -93,12 +94,13 @@ def _train(args: Sequence[str]) -> int:
     default = Path("runs") / f"{given.config.recipe}-{datetime.now():%Y%m%d-%H%M%S}"
     out = given.resume or given.out or default
     result = train(given.config, out, resume=given.resume is not None, overwrite=given.overwrite, console=console)
-    if not result.finished:
+    if not result.finished and not console.quiet:
         errors.print(
             f"stopped; everything up to here is saved. Go on with: mocosfl train --resume {result.run}",
             highlight=False,
             soft_wrap=True,
         )
+    if not result.finished:
         return INTERRUPTED
     _print_figures(result.metrics)
     console.print(f"run folder: {result.run}", highlight=False, soft_wrap=True)
@@ -210,6 +212,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0, or 1 for an error that the message explains, 2 for wrong usage, 130 after Ctrl-C.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    rank = os.environ.get("RANK", "0")  # set by torchrun
+    console.quiet = rank != "0"
     if not args or args[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0 if args else 2
@@ -225,7 +229,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[args[0]][0](args[1:])
     except (MocosflError, OSError) as error:
-        errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        if not isinstance(error, ReportedElsewhere):
+            who = "" if rank == "0" else f"process {rank}: "
+            errors.print(f"{who}error: {error}", highlight=False, markup=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         errors.print("interrupted", highlight=False)

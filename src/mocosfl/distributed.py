@@ -9,19 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mocosfl.errors import MocosflError, RunError
+from mocosfl.errors import MocosflError, ReportedElsewhere, RunError
 
 T = TypeVar("T")
-
-
-class FirstFailed(RunError):
-    """The first process met an error, which it reports itself."""
 
 
 class World:
@@ -96,7 +92,7 @@ class World:
             work: returns something that can be pickled.
 
         Raises:
-            FirstFailed: on the other processes, where the first one's work raised a ``MocosflError``.
+            ReportedElsewhere: on the other processes, where the first one's work raised a ``MocosflError``.
         """
         if self.size == 1:
             return work()
@@ -113,12 +109,26 @@ class World:
         if error is not None:
             raise error
         if not message[0][1]:
-            raise FirstFailed("the first process of the run met an error")
+            raise ReportedElsewhere("the first process of the run met an error")
         return message[0][0]  # type: ignore[return-value]
+
+    def lead(self, work: Callable[[], T]) -> T:
+        """Let everybody do something, the first process before the others: it fills caches, and meets errors first.
+
+        Raises:
+            ReportedElsewhere: as ``first``.
+        """
+        mine: list[T] = []
+        self.first(lambda: mine.append(work()) if self.rank == 0 else None)
+        return mine[0] if mine else work()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all processes; gradients flow through it, and are summed too."""
+        return tensor if self.size == 1 else _Sum.apply(tensor, self)
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Around anything that needs all processes.
+        """Around a call that needs all processes.
 
         Raises:
             RunError: one of them is gone.
@@ -126,8 +136,22 @@ class World:
         try:
             yield
         except RuntimeError as error:  # as gloo reports it; the errors of torch.distributed are its subclasses
-            reason = str(error).splitlines()[0]
-            raise RunError(f"another of the run's {self.size} processes has ended ({reason})") from error
+            raise RunError(f"another of the run's {self.size} processes has ended") from error
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, world: World) -> Tensor:
+        ctx.world = world
+        total = tensor.clone()
+        world.add([total])
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        total = gradient.clone()
+        ctx.world.add([total])
+        return total, None
 
 
 @contextmanager

@@ -22,6 +22,10 @@ class RunError(MocosflError):
     """A run folder cannot be used, or a run had to stop; the message says what is safe and what to do."""
 
 
+class ReportedElsewhere(RunError):
+    """The first process of a run met an error, and reports it; the others only end."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """``did you mean X?`` for the known word most like ``word``; empty where none is."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

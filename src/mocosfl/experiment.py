@@ -8,6 +8,7 @@ import os
 import platform
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,13 +24,14 @@ from torch import Tensor
 
 from mocosfl.callbacks import Checkpoints, MetricsLog, Monitor, ProgressLine
 from mocosfl.clients import LocalCohort
-from mocosfl.config import Config
+from mocosfl.config import Config, EvaluationSettings
 from mocosfl.data.images import ImageSet, channel_statistics, upload
 from mocosfl.data.partition import Partition, partition
 from mocosfl.data.sampler import ClientSampler
 from mocosfl.data.sources import Splits, balanced, load
+from mocosfl.distributed import World, joined
 from mocosfl.encoder import Encoder, load_encoder
-from mocosfl.errors import RunError, SettingError
+from mocosfl.errors import ReportedElsewhere, RunError, SettingError
 from mocosfl.evaluation import extract, knn_accuracy, linear_probe
 from mocosfl.models import build_head
 from mocosfl.models.heads import WIDTHS
@@ -98,7 +100,7 @@ def choose_device(name: str) -> torch.device:
         SettingError: this machine does not have it.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -140,10 +142,11 @@ def train(
 
     Args:
         config: all settings.
-        out: the run folder. It must not hold a run, unless one of the next two says so.
+        out: the run folder. It must not hold a run, unless one of the next two says so. Only the first of several
+            processes (torchrun) writes to it.
         resume: go on from the latest checkpoint in ``out``, whose settings must be the same.
         overwrite: delete the run in ``out`` first.
-        callbacks: called after the built-in ones in every step.
+        callbacks: called after the built-in ones in every step, on every process.
         console: where progress is drawn. Unset: nowhere.
 
     Returns:
@@ -154,18 +157,29 @@ def train(
         DataError: the images cannot be used.
         RunError: the run folder cannot be used, or training had to stop; what was kept is named.
     """
-    console = console or Console(quiet=True)
-    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     device = choose_device(config.train.device)
-    if resume:
-        Run.open(out).check_resumable(config)
-    else:
-        Run.check_free(out, overwrite)
-    federation = federate(config, say)
-    parts = build(config, federation, device)  # what does not fit fails here, before the folder is touched
-    run = Run(Path(out), config) if resume else Run.create(out, config, overwrite)
-    with run.locked(), _reproducible(device):
-        run.check_data(_data_facts(federation, parts.encoder))
+    with joined(device) as world, _reproducible(device), contextlib.ExitStack() as stack:
+        console = Console(quiet=True) if console is None or world.rank > 0 else console
+        say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+        run = Run(Path(world.first(lambda: str(out))), config)
+
+        def check() -> None:
+            if resume:
+                Run.open(out).check_resumable(config)
+            else:
+                Run.check_free(out, overwrite)
+
+        def begin() -> None:
+            if not resume:
+                Run.create(out, config, overwrite)
+            stack.enter_context(run.locked())
+            run.check_data(_data_facts(federation, parts.encoder))
+
+        world.first(check)
+        federation = world.lead(lambda: federate(config, say))
+        # what does not fit fails here, before the folder is touched
+        parts = world.lead(lambda: build(config, federation, device, world))
+        world.first(begin)
         return _train(run, federation, parts, callbacks, console, say)
 
 
@@ -175,10 +189,22 @@ class Parts:
     cohort: LocalCohort
     server: Server
     device: torch.device
+    world: World
 
 
-def build(config: Config, federation: Federation, device: torch.device) -> Parts:
-    """Models, clients and server in their initial state."""
+def build(config: Config, federation: Federation, device: torch.device, world: World | None = None) -> Parts:
+    """Models, clients and server in their initial state.
+
+    Args:
+        config: all settings.
+        federation: the images and who holds them.
+        device: where to compute.
+        world: the processes of the run. Unset: this one alone.
+
+    Raises:
+        SettingError: the model does not fit the images.
+    """
+    world = world or World()
     images = federation.splits.train.to(device)
     mean, std = channel_statistics(images, federation.train_rows)
     encoder = Encoder(config.model, images.shape[0], images.shape[-1], config.seed)
@@ -187,9 +213,9 @@ def build(config: Config, federation: Federation, device: torch.device) -> Parts
     encoder.to(device)
     head = build_head(config.model.head, encoder.features, config.seed)
     sampler = ClientSampler(federation.partition, config.seed)
-    cohort = LocalCohort(encoder.client, config, images, sampler, encoder.mean, encoder.std, device)
-    server = Server(encoder.server, head, config, WIDTHS[config.model.head], device)
-    return Parts(encoder, cohort, server, device)
+    cohort = LocalCohort(encoder.client, config, images, sampler, encoder.mean, encoder.std, device, world)
+    server = Server(encoder.server, head, config, WIDTHS[config.model.head], device, world)
+    return Parts(encoder, cohort, server, device, world)
 
 
 def _train(
@@ -201,14 +227,17 @@ def _train(
     say: Callable[[str], None],
 ) -> Result:
     """From the initial state or the latest checkpoint to the end of the run."""
-    config, encoder, cohort = run.config, parts.encoder, parts.cohort
+    config, encoder, cohort, world = run.config, parts.encoder, parts.cohort, parts.world
+    first = world.rank == 0
     log, line = MetricsLog(run), ProgressLine(console)
-    built_in: list[Callback] = [log]
+    monitor = Monitor(log if first else None, _monitor(config, federation, parts))
+    built_in: list[Callback] = [log] if first else []
     if len(federation.held_out):
-        built_in.append(Monitor(log, _monitor(config, federation, cohort, encoder)))
-    built_in += [Checkpoints(run), line]
-    trainer = Trainer(config, cohort, parts.server, len(federation.train_rows), [*built_in, *callbacks])
-    if (state := run.load_checkpoint(say)) is not None:
+        built_in.append(monitor)
+    built_in += [Checkpoints(run), line] if first else [Checkpoints(run)]
+    images = len(federation.train_rows)
+    trainer = Trainer(config, cohort, parts.server, images, [*built_in, *callbacks], world)
+    if (state := world.first(lambda: run.load_checkpoint(say))) is not None:
         trainer.load_state_dict(state)
         say(f"resuming {run.path} at step {trainer.step} of {trainer.steps}")
     say(_describe(config, federation, encoder, trainer))
@@ -217,20 +246,34 @@ def _train(
             trainer.run()
         encoder.client.load_state_dict(cohort.average())
         encoder.eval()
-        metrics: dict[str, Any] = {"steps": trainer.step, "training_seconds": round(log.seconds, 1), **trainer.latest}
+        metrics: dict[str, Any] = {
+            "steps": trainer.step,
+            "training_seconds": round(log.seconds, 1),
+            "monitor_seconds": round(monitor.seconds, 1),
+            **trainer.latest,
+        }
         if trainer.step < trainer.steps:
-            return Result(run.path, encoder, metrics, finished=False)
-        encoder.save(run.path, {"data": config.data.source, "recipe": config.recipe, "steps": trainer.step})
-        draw_curve(list(run.metrics()), run.path / "curve.png", f"{config.recipe}: {config.clients.number} clients")
-        metrics |= _evaluate(config, federation.splits, encoder, say)
+            return Result(run.path, encoder, world.first(lambda: metrics), finished=False)
+        if first:
+            encoder.save(run.path, {"data": config.data.source, "recipe": config.recipe, "steps": trainer.step})
+            draw_curve(list(run.metrics()), run.path / "curve.png", f"{config.recipe}: {config.clients.number} clients")
+        began = time.monotonic()
+        metrics |= _evaluate(config, federation.splits, encoder, say, world)
+        metrics["evaluation_seconds"] = round(time.monotonic() - began, 1)
         cuda = parts.device.type == "cuda"
         metrics["device"] = torch.cuda.get_device_name(parts.device) if cuda else platform.machine()
+        metrics["processes"] = world.size
         metrics["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
-        run.write_json("result.json", metrics)
+        if first:
+            run.write_json("result.json", metrics)
+        metrics = world.first(lambda: metrics)
+    except ReportedElsewhere:
+        raise
     except (RunError, OSError) as error:
         kept = run.latest_step
         safe = "no checkpoint has been written" if kept is None else f"the checkpoint of step {kept} is safe"
-        raise RunError(f"{error}; {safe} in {run.path}") from error
+        hint = "" if world.size == 1 or kept is None else f"; go on with: mocosfl train --resume {run.path}"
+        raise RunError(f"{error}; {safe} in {run.path}{hint}") from error
     return Result(run.path, encoder, metrics, finished=True)
 
 
@@ -279,13 +322,15 @@ def evaluate(path: str | Path, console: Console | None = None, device: str = "au
     chosen = choose_device(device)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     splits = load(run.config.data, run.config.seed, say)
-    metrics = _evaluate(run.config, splits, encoder.to(chosen), say)
+    metrics = _evaluate(run.config, splits, encoder.to(chosen), say, World())
     if metrics:
         run.write_json("evaluation.json", metrics)
     return metrics
 
 
-def _evaluate(config: Config, splits: Splits, encoder: Encoder, say: Callable[[str], None]) -> dict[str, Any]:
+def _evaluate(
+    config: Config, splits: Splits, encoder: Encoder, say: Callable[[str], None], world: World
+) -> dict[str, Any]:
     """kNN before and after training, and linear probe, with all training images as bank and the whole test set."""
     train, test = splits.train, splits.test
     if train.labels is None or train.classes is None or test is None or test.labels is None:
@@ -298,11 +343,13 @@ def _evaluate(config: Config, splits: Splits, encoder: Encoder, say: Callable[[s
     train_labels, test_labels = upload(train.labels, device), upload(test.labels, device)
 
     def features(model: Encoder) -> tuple[Tensor, Tensor]:
-        bank, queries = (_features(model, split, np.arange(len(split)), settings.batch) for split in (train, test))
+        bank, queries = (
+            _features(model, split, np.arange(len(split)), settings.batch, world) for split in (train, test)
+        )
         return bank, queries
 
     def knn(bank: Tensor, queries: Tensor) -> float:
-        return knn_accuracy(bank, train_labels, queries, test_labels, settings.k, settings.temperature, classes)
+        return _knn(bank, train_labels, queries, test_labels, settings, classes, world)
 
     bank, queries = features(encoder)
     metrics: dict[str, Any] = {
@@ -312,47 +359,71 @@ def _evaluate(config: Config, splits: Splits, encoder: Encoder, say: Callable[[s
         "knn": knn(bank, queries),
     }
     if settings.probe_epochs:
-        probe = linear_probe(
-            bank,
-            train_labels,
-            queries,
-            test_labels,
-            classes,
-            settings.probe_epochs,
-            settings.probe_lr,
-            stream(config.seed, "probe"),
+        probe = world.first(
+            lambda: linear_probe(
+                bank,
+                train_labels,
+                queries,
+                test_labels,
+                classes,
+                settings.probe_epochs,
+                settings.probe_lr,
+                stream(config.seed, "probe"),
+            )
         )
         metrics |= {"linear_probe": probe.accuracy, "linear_probe_train": probe.train_accuracy}
     return metrics
 
 
-def _monitor(config: Config, federation: Federation, cohort: LocalCohort, encoder: Encoder) -> Callable[[], float]:
+def _monitor(config: Config, federation: Federation, parts: Parts) -> Callable[[], float]:
     """kNN accuracy, in percent, of the average client half and the server half as they stand.
 
     The queries are the held-out images, the bank is some of the clients' images, every class alike.
     """
-    images, settings, device = federation.splits.train, config.evaluation, encoder.mean.device
-    assert images.labels is not None
-    assert images.classes is not None
+    images, settings, encoder, world = federation.splits.train, config.evaluation, parts.encoder, parts.world
+    if images.labels is None or images.classes is None:
+        return lambda: float("nan")  # there are no held-out images either
     count = min(settings.monitor_bank, len(federation.train_rows))
     rng = np.random.default_rng(stream(config.seed, "bank"))
     rows = (balanced(federation.train_rows, images.labels, count, rng), federation.held_out)
-    bank_labels, query_labels = (upload(images.labels[part], device) for part in rows)
+    bank_labels, query_labels = (upload(images.labels[part], parts.device) for part in rows)
     classes = len(images.classes)
 
     def knn() -> float:
-        encoder.client.load_state_dict(cohort.average())
-        bank, queries = (_features(encoder, images, part, settings.batch) for part in rows)
-        return knn_accuracy(bank, bank_labels, queries, query_labels, settings.k, settings.temperature, classes)
+        encoder.client.load_state_dict(parts.cohort.average())
+        bank, queries = (_features(encoder, images, part, settings.batch, world) for part in rows)
+        return _knn(bank, bank_labels, queries, query_labels, settings, classes, world)
 
     return knn
 
 
-def _features(encoder: Encoder, images: ImageSet, rows: NDArray[np.int64], batch: int) -> Tensor:
-    """(len(rows), D) features."""
+def _features(encoder: Encoder, images: ImageSet, rows: NDArray[np.int64], batch: int, world: World) -> Tensor:
+    """(len(rows), D) features; every process computes a share of them and has all of them."""
     device = encoder.mean.device
-    batches = (images.take(rows[start : start + batch], device).float() / 255 for start in range(0, len(rows), batch))
-    return extract(encoder, batches)
+    own = rows[world.share(len(rows))]
+    batches = (images.take(own[start : start + batch], device).float() / 255 for start in range(0, len(own), batch))
+    features = extract(encoder, batches) if len(own) else torch.zeros(0, encoder.features, device=device)
+    parts = [world.share(len(rows), rank) for rank in range(world.size)]
+    return world.gather(features, [part.stop - part.start for part in parts])
+
+
+def _knn(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    labels: Tensor,
+    settings: EvaluationSettings,
+    classes: int,
+    world: World,
+) -> float:
+    """kNN accuracy in percent; every process asks for a share of the queries."""
+    own = world.share(len(queries))
+    correct = torch.zeros((), dtype=torch.float64)
+    if count := own.stop - own.start:
+        share = knn_accuracy(bank, bank_labels, queries[own], labels[own], settings.k, settings.temperature, classes)
+        correct += round(share / 100 * count)
+    world.add([correct])
+    return 100 * float(correct) / len(queries)
 
 
 def _describe(config: Config, federation: Federation, encoder: Encoder, trainer: Trainer) -> str:

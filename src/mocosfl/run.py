@@ -50,8 +50,15 @@ FILES = (
 )
 """What a run writes."""
 
-RESUMABLE = ("train.device", "train.log_every", "train.checkpoint_every", "data.memory", "evaluation.batch")
-"""Settings that may differ when a run is resumed: they do not change its numbers (a device, by rounding alone)."""
+RESUMABLE = (
+    "train.device",
+    "train.compile",
+    "train.log_every",
+    "train.checkpoint_every",
+    "data.memory",
+    "evaluation.batch",
+)
+"""Settings that may differ when a run is resumed: they do not change its numbers (a device and compilation, by rounding alone)."""
 
 
 class Run:

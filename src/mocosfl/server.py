@@ -46,7 +46,7 @@ class Server:
         self.config, self.device, self.world = config, device, world or World()
         self.online = nn.Sequential(half, head).to(device).train()
         if self.world.size > 1:
-            share_statistics(self.online)
+            share_statistics(self.online, self.world)
         if device.type == "cpu":  # a step takes two thirds of the time there
             self.online.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.momentum = copy.deepcopy(self.online).requires_grad_(False)
@@ -84,7 +84,7 @@ class Server:
 
         with record_function("server: moving average"):
             update_momentum(self.momentum.parameters(), self.online.parameters(), contrast.momentum)
-        with record_function("server: forward"), autocast(self.device, self.config), world.together():
+        with record_function("server: forward"), autocast(self.device, self.config):
             q = self._online(into_online.flatten(0, 1))
             with torch.no_grad():
                 k = self._momentum(into_momentum.flatten(0, 1))
@@ -96,7 +96,7 @@ class Server:
             negatives = self.queue.keys[0] if rings is None else self.queue.keys[rings]
             losses, hits, k = self._loss(q, k, negatives, contrast.temperature)
             loss = losses.sum() / total  # over the concatenated batch of all processes
-        with record_function("server: backward"), world.together():
+        with record_function("server: backward"):
             self.optimizer.zero_grad()
             loss.backward()
         metrics = torch.stack([loss.detach(), hits.sum().to(loss.dtype) / (len(q) * total)])

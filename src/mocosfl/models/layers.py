@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
+
+from mocosfl.distributed import World
 
 Norm = Literal["group", "batch"]
 CHANNELS_PER_GROUP = 4
@@ -55,6 +56,7 @@ class SharedBatchNorm(nn.BatchNorm2d):
 
     Args:
         norm: the BatchNorm to replace; its weights and statistics are taken over under the same names.
+        world: the processes.
 
     Shape: input and output (n, C, ...).
     """
@@ -63,8 +65,9 @@ class SharedBatchNorm(nn.BatchNorm2d):
     running_var: Tensor
     num_batches_tracked: Tensor
 
-    def __init__(self, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
+    def __init__(self, norm: nn.BatchNorm1d | nn.BatchNorm2d, world: World) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum)
+        self.world = world
         self.weight, self.bias = norm.weight, norm.bias
         for name, buffer in norm.named_buffers():
             setattr(self, name, buffer)
@@ -77,10 +80,10 @@ class SharedBatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         dims, shape = [d for d in range(x.ndim) if d != 1], [1, -1, *[1] * (x.ndim - 2)]
         y = x.to(torch.promote_types(x.dtype, torch.float32))
-        sums = all_reduce(torch.cat([y.sum(dims), y.new_tensor([y.numel() / y.shape[1]])]))
+        sums = self.world.sum(torch.cat([y.sum(dims), y.new_tensor([y.numel() / y.shape[1]])]))
         mean, count = sums[:-1] / sums[-1], sums[-1]
         y = y - mean.view(shape)
-        variance = all_reduce(y.square().sum(dims)) / count
+        variance = self.world.sum(y.square().sum(dims)) / count
         with torch.no_grad():
             share = self.momentum or 0.0
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
@@ -90,12 +93,12 @@ class SharedBatchNorm(nn.BatchNorm2d):
         return (y * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
 
 
-def share_statistics(network: nn.Module) -> None:
+def share_statistics(network: nn.Module, world: World) -> None:
     """Let every BatchNorm of a network average over the batches of all processes, in place."""
     for parent in list(network.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
-                setattr(parent, name, SharedBatchNorm(child))
+                setattr(parent, name, SharedBatchNorm(child, world))
 
 
 def conv_of(norm: Norm) -> Callable[..., nn.Conv2d]:

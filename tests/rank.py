@@ -1,0 +1,78 @@
+"""One process of several, for test_distributed: trains a few steps in float64 and has rank 0 write what came out.
+
+torchrun --nproc-per-node=2 tests/rank.py OUT '{"clients.pool": 4, ...}' STEPS [STATE]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mocosfl.clients import LocalCohort
+from mocosfl.config import Config
+from mocosfl.data.images import ImageSet
+from mocosfl.data.partition import partition
+from mocosfl.data.sampler import ClientSampler
+from mocosfl.distributed import World, joined
+from mocosfl.models import build, build_head
+from mocosfl.models.heads import WIDTHS
+from mocosfl.server import Server
+from mocosfl.trainer import Callback, Trainer
+
+CPU = torch.device("cpu")
+MEAN, STD = torch.tensor([0.5, 0.4, 0.6]).double(), torch.tensor([0.25, 0.2, 0.3]).double()
+IMAGES = 35
+BASE = {
+    "model.width": 4,
+    "model.head": "v1",
+    "contrast.queue": 50,
+    "partition.kind": "iid",
+    "clients.number": 7,
+    "train.epochs": 3,
+    "sync.every": 2,
+    "seed": 1,
+}
+
+
+class Log(Callback):
+    """Losses and accuracies of every step; ends after so many."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.values = steps, []
+
+    def after_step(self, trainer: Trainer, metrics: dict[str, torch.Tensor]) -> None:
+        self.values.append([float(metrics["loss"]), float(metrics["contrast_accuracy"])])
+        trainer.stop = trainer.world.rank == 0 and trainer.step >= self.steps  # one process asks, all stop
+
+
+def train(changes: dict, steps: int, world: World, state: dict | None = None) -> tuple[list, dict]:
+    """Metrics of every step and the whole state at the end."""
+    config = Config().updated(BASE | changes)
+    pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, 3, 8, 8), dtype=np.uint8)
+    model = build(config.model, 3, 8, config.seed)
+    head = build_head(config.model.head, model.features, config.seed)
+    held = partition(config.partition, config.clients.number, np.arange(IMAGES), None, None, config.seed)
+    server = Server(model.server, head, config, WIDTHS[config.model.head], CPU, world)
+    for module in (model.client, server.online, server.momentum, server.queue):
+        module.double()
+    sampler = ClientSampler(held, config.seed)
+    cohort = LocalCohort(model.client, config, ImageSet(pixels), sampler, MEAN, STD, CPU, world)
+    log = Log(steps)
+    trainer = Trainer(config, cohort, server, IMAGES, [log], world)
+    if state is not None:
+        trainer.load_state_dict(state)
+    trainer.run()
+    average = cohort.average()
+    return log.values, trainer.state_dict() | {"average": average}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    out, changes, steps, *rest = sys.argv[1:]
+    start = torch.load(rest[0]) if rest else None
+    with joined(CPU) as group:
+        values, end = train(json.loads(changes), int(steps), group, start)
+        path = Path(out)
+        torch.save({"values": values, "state": end}, path if group.rank == 0 else path.with_suffix(f".{group.rank}"))

@@ -1,0 +1,172 @@
+"""Several processes train as one would."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mocosfl.distributed import World
+
+sys.path.insert(0, str(Path(__file__).parent))
+from rank import train
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def torchrun(processes: int, *args: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [*launcher, *args]
+
+
+def together(processes: int, out: Path, changes: dict, steps: int, *state: str) -> list[dict]:
+    """What every process ended with."""
+    command = torchrun(processes, str(Path(__file__).parent / "rank.py"), str(out), json.dumps(changes), str(steps))
+    done = subprocess.run([*command, *state], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(out if rank == 0 else out.with_suffix(f".{rank}")) for rank in range(processes)]
+
+
+def assert_same(ours: object, theirs: object, where: str = "state") -> None:
+    if isinstance(ours, torch.Tensor):
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-7, msg=lambda text: f"{where}: {text}")
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for name in ours:
+            assert_same(ours[name], theirs[name], f"{where}.{name}")
+    elif isinstance(ours, list):
+        for i, pair in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(*pair, f"{where}[{i}]")
+    elif ours is None or isinstance(ours, bool | str):
+        assert ours == theirs, where
+    else:
+        assert ours == pytest.approx(theirs, rel=1e-9), where
+
+
+KEPT = {"clients.keep_optimizer": True, "sync.momentum": False}
+
+
+@pytest.mark.parametrize(
+    ("processes", "changes"),
+    [
+        (2, {}),
+        (4, {"clients.pool": 5, "clients.round": 3}),
+        (2, {"clients.pool": 5, "clients.round": 3, "clients.batch": 2, **KEPT}),
+        (4, {"sync.every": 1, "model.cut": 3}),
+        (2, {"contrast.feature_sharing": False, "contrast.symmetric": False, "clients.lr_scale": "per_client_mean"}),
+        (2, {"model.server_norm": "batch", "model.head": "large", "contrast.queue": 20}),
+        (2, {"clients.rich_share": 0.3, "clients.rich_batch_factor": 3, "contrast.both_views": True}),
+    ],
+    ids=str,
+)
+def test_processes_train_as_one_would(processes: int, changes: dict, tmp_path: Path) -> None:
+    values, state = train(changes, 9, World())
+    ends = together(processes, tmp_path / "end.pt", changes, 9)
+    for end in ends:  # every process ends with the same queue, server, pool and averages
+        assert_same(end["values"], values, "metrics")
+        assert_same(end["state"], state)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (4, 1), (2, 4)])
+def test_a_state_of_some_processes_goes_on_with_others(before: int, after: int, tmp_path: Path) -> None:
+    changes = {"clients.pool": 5, "clients.round": 3, **KEPT}
+    values, state = train(changes, 9, World())
+    half = together(before, tmp_path / "half.pt", changes, 4)[0]
+    torch.save(half["state"], tmp_path / "state.pt")
+    rest = together(after, tmp_path / "end.pt", changes, 9, str(tmp_path / "state.pt"))[0]
+    assert_same(half["values"] + rest["values"], values, "metrics")
+    assert_same(rest["state"], state)
+
+
+TINY = [
+    *("--data.images", "300", "--model.width", "4", "--train.epochs", "6", "--contrast.queue", "256"),
+    *("--train.checkpoint-every", "5", "--train.log-every", "5", "--evaluation.every", "2"),
+]
+
+
+def files(run: Path) -> set[str]:
+    return {path.name for path in run.iterdir()}
+
+
+def test_the_command_under_torchrun(tmp_path: Path) -> None:
+    """One run folder, the same figures as one process, and a clear message when it cannot be used."""
+    run, alone = tmp_path / "run", tmp_path / "alone"
+    train_it = ["-m", "mocosfl", "train", "digits", *TINY]
+    command = torchrun(2, *train_it, "--out", str(run))
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    subprocess.run([sys.executable, *train_it, "--out", str(alone)], env=ENVIRONMENT, check=True, timeout=300)
+    assert files(run) == files(alone)
+    assert done.stdout.count("run folder:") == 1
+    ours, theirs = (json.loads((folder / "result.json").read_text()) for folder in (run, alone))
+    assert ours["processes"] == 2
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.05)  # float32: rounding grows over the steps
+    for figure in ("knn", "knn_untrained", "linear_probe"):
+        assert ours[figure] == pytest.approx(theirs[figure], abs=6)
+    assert ours["knn_untrained"] == theirs["knn_untrained"]
+
+    again = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert again.returncode != 0
+    assert again.stderr.count("already holds a run") == 1
+
+
+def test_a_process_that_dies_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    changes = [*TINY, "--train.epochs", "400"]
+    command = torchrun(2, "-m", "mocosfl", "train", "digits", *changes, "--out", str(run))
+    with subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as started:
+        deadline = time.monotonic() + 200
+        while not list(run.glob("checkpoints/step-0000000[1-9]*.pt")):
+            assert started.poll() is None, started.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        second = next(pid for pid in children(started.pid) if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+        os.kill(second, signal.SIGKILL)
+        _, errors = started.communicate(timeout=120)
+    assert started.returncode != 0
+    assert "another of the run's 2 processes has ended" in errors
+    assert "is safe in" in errors
+    resumed = torchrun(4, "-m", "mocosfl", "train", "--resume", str(run))
+    with subprocess.Popen(
+        resumed, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as started:
+        for line in started.stdout:
+            if line.startswith("resuming"):
+                break
+        else:
+            pytest.fail(started.stderr.read())
+        time.sleep(5)
+        started.send_signal(signal.SIGINT)  # as Ctrl-C does: every process gets it, and they stop at one step
+        _, errors = started.communicate(timeout=120)
+    assert "everything up to here is saved" in errors
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_shares_are_consecutive_and_even() -> None:
+    for count in (0, 1, 7, 100):
+        for size in (1, 2, 3, 8):
+            shares = [World(rank, size).share(count) for rank in range(size)]
+            assert [i for share in shares for i in range(share.start, share.stop)] == list(range(count))
+            lengths = [share.stop - share.start for share in shares]
+            assert max(lengths) - min(lengths) <= 1
+            assert lengths == sorted(lengths, reverse=True)
+
+
+def test_one_process_needs_no_others() -> None:
+    world, tensor = World(), torch.arange(6.0)
+    assert world.gather(tensor, [6]) is tensor
+    world.add([tensor])
+    assert torch.equal(tensor, torch.arange(6.0))
+    assert world.any(True)
+    assert not world.any(False)
+    assert world.first(lambda: 3) == world.lead(lambda: 3) == 3
