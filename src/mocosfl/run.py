@@ -58,7 +58,7 @@ RESUMABLE = (
     "data.memory",
     "evaluation.batch",
 )
-"""Settings that may differ when a run is resumed: they do not change its numbers (a device and compilation, by rounding alone)."""
+"""Settings that may differ when a run is resumed: they do not change its numbers (the first two, by rounding alone)."""
 
 
 class Run:
