@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from mocosfl.clients import LocalCohort
 from mocosfl.config import Config
-from mocosfl.data.augment import AugmentParameters, Policy, augment, normalise
+from mocosfl.data.augment import AugmentParameters, Policy, augment, augmented, normalise
 from mocosfl.data.images import ImageSet
 from mocosfl.data.partition import partition
 from mocosfl.data.sampler import ClientSampler
@@ -152,6 +153,29 @@ def test_vectorised_and_looped_clients_train_alike(changes: dict) -> None:
     local, _ = run(settings(**changes))
     naive, _ = run(settings(**changes), NaiveCohort)
     assert local == pytest.approx(naive, rel=1e-9)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # torch.compile imports parts of torch that warn of themselves
+def test_compiled_and_plain_runs_train_alike() -> None:
+    changes = {"clients.batch": 2, "sync.every": 2, "train.epochs": 2, "contrast.symmetric": False}
+    plain, _ = run(settings(**changes))
+    config = settings(**changes, **{"train.compile": "default"})
+    data, half, server, sampler = parts(config)
+    cohort, losses = LocalCohort(half, config, data, sampler, MEAN, STD, CPU), Losses()
+    rounded = []
+
+    def augmented_alike(images: torch.Tensor, p: dict[str, torch.Tensor], policy: Policy) -> torch.Tensor:
+        """Views are float32: compiled ones differ by rounding, which would grow over the steps."""
+        exact = augmented(images, p, policy)
+        rounded.append((compiled_augmentation(images, p, policy) - exact).abs().max())
+        return exact
+
+    compiled_augmentation, cohort._augmented = cohort._augmented, augmented_alike
+    Trainer(config, cohort, server, 30, [losses]).run()
+    assert len(plain) == 5
+    assert losses.values == pytest.approx(plain, rel=1e-9)
+    assert max(rounded) < 2e-6
 
 
 def test_rates_warm_up_and_fall_along_a_cosine_in_steps() -> None:

@@ -192,6 +192,8 @@ class LocalCohort:
 
     def forward(self) -> Latents:
         """Draw images, make two views, run both halves; see ``Cohort.forward``."""
+        if self.config.train.compile != "off":
+            torch.compiler.cudagraph_mark_step_begin()  # the last step's tensors may be written over
         config, own = self.config, slice(sum(self.shares[: self.world.rank]), sum(self.shares[: self.world.rank + 1]))
         with record_function("augment"):
             rows, draws = self.sampler.draw(self.pool, self.sizes)  # of the whole pool, so that all counters agree

@@ -24,7 +24,9 @@ def build_head(kind: Literal["v1", "small", "v2", "large"], features: int, seed:
     width = WIDTHS[kind]
     with seeded(stream(seed, "head")):
         if kind == "v2":
-            return nn.Sequential(nn.Linear(features, 1024), nn.ReLU(), nn.Linear(1024, width))
+            return nn.Sequential(nn.Linear(features, 1024), nn.ReLU(inplace=True), nn.Linear(1024, width))
         if kind == "large":
-            return nn.Sequential(nn.Linear(features, 4096), nn.BatchNorm1d(4096), nn.ReLU(), nn.Linear(4096, width))
+            return nn.Sequential(
+                nn.Linear(features, 4096), nn.BatchNorm1d(4096), nn.ReLU(inplace=True), nn.Linear(4096, width)
+            )
         return nn.Sequential(nn.Linear(features, width))

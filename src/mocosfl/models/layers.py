@@ -133,7 +133,7 @@ class ResidualBlock(nn.Module):
             self.shortcut = ConvNorm(inputs, outputs, 1, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.body(x) + self.shortcut(x))
+        return F.relu(self.body(x) + self.shortcut(x), inplace=True)
 
 
 class BasicBlock(ResidualBlock):
@@ -145,7 +145,7 @@ class BasicBlock(ResidualBlock):
     def __init__(self, inputs: int, planes: int, stride: int, norm: Norm) -> None:
         body = nn.Sequential(
             ConvNorm(inputs, planes, 3, stride, norm),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             ConvNorm(planes, planes, 3, 1, norm),
         )
         super().__init__(body, inputs, planes, stride, norm)
@@ -161,9 +161,9 @@ class BottleneckBlock(ResidualBlock):
         outputs = planes * self.expansion
         body = nn.Sequential(
             ConvNorm(inputs, planes, 1, 1, norm),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             ConvNorm(planes, planes, 3, stride, norm),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             ConvNorm(planes, outputs, 1, 1, norm),
         )
         super().__init__(body, inputs, outputs, stride, norm)

@@ -42,7 +42,7 @@ def stem_for(size: int) -> Stem:
 
 def _stem(inputs: int, width: int, kind: Stem, norm: Norm) -> nn.Sequential:
     kernel, stride = {"32": (3, 1), "64": (3, 2), "224": (7, 2)}[kind]
-    layers: list[nn.Module] = [ConvNorm(inputs, width, kernel, stride, norm), nn.ReLU()]
+    layers: list[nn.Module] = [ConvNorm(inputs, width, kernel, stride, norm), nn.ReLU(inplace=True)]
     if kind == "224":
         layers.append(nn.MaxPool2d(3, stride=2, padding=1))
     return nn.Sequential(*layers)

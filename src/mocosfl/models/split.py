@@ -51,7 +51,7 @@ class Bottleneck:
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
             if conv.bias is not None:
                 nn.init.zeros_(conv.bias)
-        return nn.Sequential(narrow, nn.ReLU()), nn.Sequential(widen, nn.ReLU())
+        return nn.Sequential(narrow, nn.ReLU(inplace=True)), nn.Sequential(widen, nn.ReLU(inplace=True))
 
 
 @dataclass(frozen=True)
