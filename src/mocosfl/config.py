@@ -240,8 +240,8 @@ class TrainSettings(Settings):
     """torch.compile of both halves, the loss and the augmentation, and its mode; reduce-overhead and max-autotune
     record CUDA graphs. The first step then takes a minute or more. On a CPU it needs a C++ compiler."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps, or auto: cuda if this machine has it, else cpu. Under torchrun, auto gives each process
-    a GPU of its own."""
+    """cpu, cuda, cuda:1, mps, or auto: cuda if this machine has it, else cpu. Under torchrun, auto and cuda give each
+    process a GPU of its own."""
     log_every: Count = 10
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: Count = 200

@@ -100,10 +100,14 @@ def choose_device(name: str) -> torch.device:
         SettingError: this machine does not have it.
     """
     if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # of torchrun
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # pinned memory and collectives go there too
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise SettingError(
@@ -158,7 +162,7 @@ def train(
         RunError: the run folder cannot be used, or training had to stop; what was kept is named.
     """
     device = choose_device(config.train.device)
-    with joined(device) as world, _reproducible(device), contextlib.ExitStack() as stack:
+    with joined(device) as world, reproducible(device), contextlib.ExitStack() as stack:
         console = Console(quiet=True) if console is None or world.rank > 0 else console
         say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
         run = Run(Path(world.first(lambda: str(out))), config)
@@ -286,7 +290,7 @@ def _data_facts(federation: Federation, encoder: Encoder) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _reproducible(device: torch.device) -> Iterator[None]:
+def reproducible(device: torch.device) -> Iterator[None]:
     """On a GPU: kernels that add in a fixed order, and no TF32 where fp32 is asked for."""
     if device.type != "cuda":
         yield
@@ -294,11 +298,13 @@ def _reproducible(device: torch.device) -> Iterator[None]:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.allow_tf32
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
