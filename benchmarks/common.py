@@ -31,7 +31,7 @@ from mocosfl.config import Config
 from mocosfl.data.images import ImageSet
 from mocosfl.data.partition import partition
 from mocosfl.data.sources import Splits
-from mocosfl.experiment import Federation, build, choose_device, federate, reproducible
+from mocosfl.experiment import Federation, build, choose_device, federate, prepared
 from mocosfl.trainer import Callback, Trainer
 
 Name = TypeVar("Name")
@@ -43,7 +43,7 @@ KNOWN = {"cifar10": (50_000, 32, 10), "cifar100": (50_000, 32, 100)}
 
 console = Console(highlight=False, soft_wrap=True)
 
-kernels_of_training = reproducible
+kernels_of_training = prepared
 """Context manager: the kernels that ``mocosfl.train`` asks for on a device (deterministic ones on a GPU)."""
 
 

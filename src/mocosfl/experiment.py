@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mocosfl.callbacks import Checkpoints, MetricsLog, Monitor, ProgressLine
 from mocosfl.clients import LocalCohort
+from mocosfl.compute import keep_freed_memory
 from mocosfl.config import Config, EvaluationSettings
 from mocosfl.data.images import ImageSet, channel_statistics, upload
 from mocosfl.data.partition import Partition, partition
@@ -162,7 +163,7 @@ def train(
         RunError: the run folder cannot be used, or training had to stop; what was kept is named.
     """
     device = choose_device(config.train.device)
-    with joined(device) as world, reproducible(device), contextlib.ExitStack() as stack:
+    with joined(device) as world, prepared(device), contextlib.ExitStack() as stack:
         console = Console(quiet=True) if console is None or world.rank > 0 else console
         say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
         run = Run(Path(world.first(lambda: str(out))), config)
@@ -290,9 +291,10 @@ def _data_facts(federation: Federation, encoder: Encoder) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def reproducible(device: torch.device) -> Iterator[None]:
-    """On a GPU: kernels that add in a fixed order, and no TF32 where fp32 is asked for."""
+def prepared(device: torch.device) -> Iterator[None]:
+    """On a GPU: kernels that add in a fixed order, and no TF32 where fp32 is asked for. On a CPU: memory is kept."""
     if device.type != "cuda":
+        keep_freed_memory()
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -96,19 +96,19 @@ def _run(wide: nn.Module, images: Tensor, copies: int) -> Tensor:
     return y.transpose(1, 2).flatten(1, 2)
 
 
+def _is_plain(conv: nn.Conv2d) -> bool:
+    return conv.dilation == (1, 1) and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+
+
 def _by_matrices(conv: nn.Conv2d, copies: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A convolution of P copies as matrix products with unfolded images: (B, P * I, H, W) to (B, P * O, H', W')."""
-    batch = len(x)
-    patches = F.unfold(
-        x.reshape(batch * copies, -1, *x.shape[2:]),
-        conv.kernel_size,
-        conv.dilation,
-        conv.padding,  # type: ignore[arg-type]
-        conv.stride,
-    )  # (B * P, I * k * k, H' * W')
-    y = weight.view(copies, -1, patches.shape[1]) @ patches.view(batch, copies, *patches.shape[1:])
-    height = (x.shape[2] + 2 * int(conv.padding[0]) - conv.kernel_size[0]) // conv.stride[0] + 1
-    y = y.view(batch, len(weight), height, -1)
+    (height, width), (down, along) = conv.kernel_size, conv.stride
+    above, beside = (int(side) for side in conv.padding)
+    x = F.pad(x.unflatten(1, (copies, -1)), (beside, beside, above, above))  # (B, P, I, H, W)
+    windows = x.unfold(3, height, down).unfold(4, width, along)  # (B, P, I, H', W', k, k), a view
+    patches = windows.permute(0, 1, 2, 5, 6, 3, 4).flatten(5, 6).flatten(2, 4)  # several times as fast as F.unfold
+    y = weight.view(copies, -1, patches.shape[2]) @ patches  # (B, P, O, H' * W')
+    y = y.flatten(1, 2).unflatten(2, windows.shape[3:5])
     return y if bias is None else y + bias.view(-1, 1, 1)
 
 
@@ -118,7 +118,7 @@ def _widened(network: nn.Module, copies: int) -> nn.Module:
     for module in wide.modules():
         if isinstance(module, nn.Conv2d):
             numbers = module.in_channels * module.kernel_size[0] * module.kernel_size[1]
-            if copies > 1 and module.groups == 1 and numbers <= FEW:
+            if copies > 1 and module.groups == 1 and numbers <= FEW and _is_plain(module):
                 module._conv_forward = partial(_by_matrices, module, copies)  # type: ignore[method-assign]
             module.in_channels *= copies
             module.out_channels *= copies
