@@ -121,7 +121,7 @@ def test_one_half_stands_for_all_where_they_are_averaged_every_step(batch: int, 
     config = settings(**{"sync.every": 1, "clients.batch": batch, "model.cut": 3, "sync.momentum": sync_momentum})
     local, _ = cohorts(config)
     assert local.identical
-    assert all(len(stack) == 1 for stack in local.online.parameters_of.values())
+    assert all(len(stack) == 1 for stack in local.online.weights.values())
     compare(config)
 
 
@@ -138,7 +138,7 @@ def test_clients_that_may_differ_have_weights_of_their_own(changes: dict) -> Non
 def test_clients_differ_between_averages_and_agree_after() -> None:
     local, _ = cohorts(settings())
     local.backward(torch.randn_like(local.forward().query), 0.1)
-    weight = next(iter(local.online.parameters_of.values()))
+    weight = next(iter(local.online.weights.values()))
     assert not torch.equal(weight[0], weight[1])
     local.synchronise()
     assert torch.equal(weight[0], weight[1])
@@ -148,9 +148,9 @@ def test_a_client_learns_from_its_own_gradient_alone() -> None:
     local, _ = cohorts(settings(**{"train.weight_decay": 0.0}))
     gradients = torch.zeros_like(local.forward().query)
     gradients[:, 4:6] = 1  # the third client's piece, batch 2
-    before = {name: tensor.detach().clone() for name, tensor in local.online.parameters_of.items()}
+    before = {name: tensor.detach().clone() for name, tensor in local.online.weights.items()}
     local.backward(gradients, 0.1)
-    for name, tensor in local.online.parameters_of.items():
+    for name, tensor in local.online.weights.items():
         moved = (tensor.detach() != before[name]).flatten(1).any(dim=1)
         assert moved.tolist() == [client == 2 for client in range(6)]
 
@@ -159,9 +159,7 @@ def test_memory_is_for_the_pool_alone_where_clients_keep_nothing() -> None:
     number, pool = 6, 2
     lean, _ = cohorts(settings(**{"clients.pool": pool, "clients.round": 2}))
     assert not lean.bank
-    assert all(
-        len(t) == pool for t in (lean.online.parameters_of | lean.momentum.parameters_of | lean.velocity).values()
-    )
+    assert all(len(t) == pool for t in (lean.online.weights | lean.momentum.weights | lean.velocity).values())
     kept = {"clients.pool": pool, "clients.round": 2, "clients.keep_optimizer": True, "sync.momentum": False}
     full, _ = cohorts(settings(**kept))
     assert set(full.bank) == {"velocity", "momentum"}

@@ -235,7 +235,7 @@ def test_a_state_with_a_weight_that_is_not_finite_is_not_kept() -> None:
     data, half, server, sampler = parts(config)
     trainer = Trainer(config, LocalCohort(half, config, data, sampler, MEAN, STD, CPU), server, 30)
     trainer.state_dict()
-    next(iter(trainer.cohort.online.parameters_of.values()))[2] = float("inf")
+    next(iter(trainer.cohort.online.weights.values())).data[2] = float("inf")
     trainer.check()  # the loss does not show it yet
     with pytest.raises(RunError, match="a weight is not finite"):
         trainer.state_dict()

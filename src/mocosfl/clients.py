@@ -127,11 +127,11 @@ class LocalCohort:
         self.shares = tuple(int(self.sizes[part].sum()) for part in parts)
         seats = [self.shares[self.world.rank]] if self.identical else self.sizes[self.seats].tolist()
         self.online = SideBySide(half, seats, device)
-        self.momentum = SideBySide(half, seats, device).requires_grad_(False)
-        self.velocity = {name: torch.zeros_like(p) for name, p in self.online.parameters_of.items()}
+        self.momentum = SideBySide(half, seats, device, learns=False)
+        self.velocity = {name: torch.zeros_like(p) for name, p in self.momentum.weights.items()}
         self.optimizer = self._optimizer()
         self._augmented = compiled(augmented, config)
-        self._online, self._momentum = compiled(self.online, config), compiled(self.momentum, config)
+        self._online, self._momentum = compiled(self.online.forward, config), compiled(self.momentum.forward, config)
         self.bank = {
             group: {name: t[:1].repeat(config.clients.number, *[1] * (t.ndim - 1)) for name, t in stack.items()}
             for group, stack in self._kept().items()
@@ -142,15 +142,14 @@ class LocalCohort:
         """One SGD for all clients: it works number by number. Its momentum lies in ``velocity``."""
         settings = self.config.train
         optimizer = torch.optim.SGD(
-            self.online.parameters(),
+            self.online.weights.values(),
             lr=settings.lr,
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
             fused=fusible(self.device),
         )
-        for (a, b, _), wide in zip(self.online.runs, self.online.networks, strict=True):
-            for name, parameter in wide.named_parameters():
-                optimizer.state[parameter]["momentum_buffer"] = self.velocity[name][a:b].flatten(0, 1)
+        for name, weight in self.online.weights.items():
+            optimizer.state[weight]["momentum_buffer"] = self.velocity[name]
         return optimizer
 
     def _kept(self) -> dict[str, Stack]:
@@ -161,7 +160,7 @@ class LocalCohort:
         if self.config.clients.keep_optimizer:
             kept["velocity"] = self.velocity
         if not self.config.sync.momentum:
-            kept["momentum"] = self.momentum.parameters_of | self.momentum.buffers_of
+            kept["momentum"] = self.momentum.weights | self.momentum.statistics
         return kept
 
     def _everyone(self, stack: Tensor) -> Tensor:
@@ -213,7 +212,7 @@ class LocalCohort:
         first, second = (views, views.flip(0)) if config.contrast.both_views else (views[:1], views[1:])
         with record_function("clients: forward"), autocast(self.device, config):
             query = self._online(first)
-            update_momentum(self.momentum.parameters(), self.online.parameters(), config.contrast.momentum)
+            update_momentum(self.momentum.weights.values(), self.online.weights.values(), config.contrast.momentum)
             with torch.no_grad():
                 key = self._momentum(second)
         full = torch.promote_types(query.dtype, torch.float32)
@@ -231,7 +230,7 @@ class LocalCohort:
         self._query = None
         with record_function("clients: update"):
             if self.identical:  # the gradients' sum over the clients becomes their average
-                grads = [p.grad for p in self.online.parameters() if p.grad is not None]
+                grads = [p.grad for p in self.online.weights.values() if p.grad is not None]
                 torch._foreach_div_(grads, len(self.pool))
                 self.world.add(grads)
             self.optimizer.param_groups[0]["lr"] = lr
@@ -243,7 +242,7 @@ class LocalCohort:
         """FedAvg of the online halves, and of the momentum halves too if ``sync.momentum``."""
         with record_function("clients: synchronise"):
             halves = [self.online, self.momentum] if self.config.sync.momentum else [self.online]
-            stacks = [t for half in halves for t in (half.parameters_of | half.buffers_of).values()]
+            stacks = [t for half in halves for t in (half.weights | half.statistics).values() if t.is_floating_point()]
             for stack, mean in zip(stacks, self._means(stacks), strict=True):
                 stack.copy_(mean.expand_as(stack))
             self.contributed[:] = 0
@@ -262,25 +261,27 @@ class LocalCohort:
     @torch.no_grad()
     def average(self) -> dict[str, Tensor]:
         """The average client half as a state dict; changes nothing."""
-        half = self.online.parameters_of | self.online.buffers_of
-        return dict(zip(half, self._means(list(half.values())), strict=True)) | self.online.counters()
+        half = self.online.weights | self.online.statistics
+        averaged = [name for name, stack in half.items() if stack.is_floating_point()]
+        means = self._means([half[name] for name in averaged])
+        counters = {name: stack[0] for name, stack in half.items()}  # of batches: alike on all clients
+        return counters | dict(zip(averaged, means, strict=True))
 
     def _stacks(self) -> dict[str, Stack]:
         return {
-            "online": self.online.parameters_of,
-            "online_buffers": self.online.buffers_of,
-            "momentum": self.momentum.parameters_of,
-            "momentum_buffers": self.momentum.buffers_of,
+            "online": self.online.weights,
+            "online_buffers": self.online.statistics,
+            "momentum": self.momentum.weights,
+            "momentum_buffers": self.momentum.statistics,
             "velocity": self.velocity,
         }
 
     def state_dict(self) -> dict[str, Any]:
         """The whole pool's stacks, the bank, the pool and the counters."""
         return {
-            group: {name: self._everyone(tensor) for name, tensor in stack.items()}
+            group: {name: self._everyone(tensor.detach()) for name, tensor in stack.items()}
             for group, stack in self._stacks().items()
         } | {
-            "counters": self.online.counters(),
             "bank": self.bank,
             "pool": torch.from_numpy(self.pool),
             "contributed": torch.from_numpy(self.contributed),
@@ -293,8 +294,6 @@ class LocalCohort:
         for group, stack in self._stacks().items():
             for name, tensor in stack.items():
                 tensor.copy_(self._own(state[group][name]))
-        for half in (self.online, self.momentum):
-            half.set_counters(state["counters"])
         for group, stack in self.bank.items():
             for name, tensor in stack.items():
                 tensor.copy_(state["bank"][group][name])

@@ -23,7 +23,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("sizes", [[2], [3, 3, 3], [2, 2, 5, 2, 4]], ids=str)
+@pytest.mark.parametrize("sizes", [[2], [1, 1, 1], [3, 3, 3], [2, 2, 5, 2, 4]], ids=str)
 @pytest.mark.parametrize("views", [1, 2])
 def test_outputs_gradients_and_statistics(name: str, sizes: list[int], views: int) -> None:
     torch.manual_seed(0)
@@ -33,11 +33,11 @@ def test_outputs_gradients_and_statistics(name: str, sizes: list[int], views: in
     for number, one in enumerate(single):  # weights of their own
         for key, parameter in one.named_parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
-            together.parameters_of[key][number] = parameter.data
+            together.weights[key].data[number] = parameter.data
     inputs = next(m for m in network.modules() if isinstance(m, nn.Conv2d)).in_channels
     images = torch.randn(views, sum(sizes), inputs, 10, 9, dtype=torch.float64)
 
-    found = together(images)
+    found = together.forward(images)
     pieces = images.split(sizes, dim=1)
     expected = torch.cat(
         [one(x.flatten(0, 1)).unflatten(0, (views, -1)) for one, x in zip(single, pieces, strict=True)], dim=1
@@ -46,36 +46,26 @@ def test_outputs_gradients_and_statistics(name: str, sizes: list[int], views: in
     gradient = torch.randn_like(expected)
     found.backward(gradient)
     expected.backward(gradient)
-    stacked = {key: [] for key in together.parameters_of}
-    for (a, b, _), wide in zip(together.runs, together.networks, strict=True):
-        for key, parameter in wide.named_parameters():
-            stacked[key] += parameter.grad.unflatten(0, (b - a, -1)).unbind(0)
-    for key, gradients in stacked.items():
-        for one, gradient_of_one in zip(single, gradients, strict=True):
-            torch.testing.assert_close(gradient_of_one, one.get_parameter(key).grad)
-    for key, stack in together.buffers_of.items():
+    for key, stack in together.weights.items():
+        torch.testing.assert_close(stack.grad, torch.stack([one.get_parameter(key).grad for one in single]))
+    for key, stack in together.statistics.items():
         torch.testing.assert_close(stack, torch.stack([one.get_buffer(key) for one in single]))
-    for key, counter in together.counters().items():
-        assert counter == single[0].get_buffer(key) == 1
-
-
-def test_stacks_and_networks_share_their_memory() -> None:
-    together = SideBySide(ConvNorm(3, 8, 3, 1, "batch"), [1, 1, 2], CPU)
-    together.parameters_of["0.weight"].zero_()
-    together.buffers_of["1.running_mean"].fill_(7)
-    for wide in together.networks:
-        assert not wide[0].weight.any()
-        assert (wide[1].running_mean == 7).all()
 
 
 def test_copies_start_alike_and_leave_the_network_alone() -> None:
     network = ConvNorm(3, 8, 3, 1, "group")
     before = copy.deepcopy(network.state_dict())
     together = SideBySide(network, [1, 1], CPU)
-    together.parameters_of["0.weight"].add_(1)
+    together.weights["0.weight"].data[0] += 1
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, before[name])
-    assert torch.equal(together.parameters_of["0.weight"][0], together.parameters_of["0.weight"][1])
+    for name, stack in SideBySide(network, [1, 2], CPU).weights.items():
+        assert torch.equal(stack, before[name].expand_as(stack))
+
+
+def test_the_half_that_does_not_learn_keeps_no_graph() -> None:
+    output = SideBySide(ConvNorm(3, 8, 3, 1, "group"), [1, 2], CPU, learns=False).forward(torch.randn(1, 3, 3, 8, 8))
+    assert not output.requires_grad
 
 
 def test_a_layer_that_mixes_channels_is_refused() -> None:

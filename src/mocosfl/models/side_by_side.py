@@ -9,6 +9,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 FEW = 32
 """Convolutions that read no more numbers for an output (27 in the stem for RGB images) are computed as matrix products:
@@ -18,116 +19,136 @@ Stack = dict[str, Tensor]
 """Parameters or buffers by name, each with a leading dimension for the copies."""
 
 
-class SideBySide(nn.Module):
+class SideBySide:
     """P copies of a network, laid side by side as groups of channels.
 
-    P convolutions from I to O channels are one convolution in P groups from P*I to P*O; likewise for the norms, and
-    layers without weights do not notice. So the copies cost about what one such network costs, without a loop over
-    them.
+    n convolutions from I to O channels are one convolution in n groups from n*I to n*O; likewise for the norms, and
+    layers without weights do not notice. Every image is a group of its own and is given its copy's weights. So there is
+    no loop over copies, and a pass costs the same for one image a copy, for many, and for unequally many.
 
     Args:
-        network: weights and buffers that every copy starts with. Its layers: convolutions, GroupNorm, BatchNorm, and
+        network: weights and buffers that every copy starts with. Its layers: convolutions, GroupNorm, BatchNorm2d, and
             any without weights that treat every channel alike.
-        sizes: (P,) images of each copy in one pass.
+        sizes: (P,) images of each copy in one pass; n is their sum.
         device: where to put the copies.
+        learns: whether gradients are wanted.
 
     Attributes:
-        parameters_of, buffers_of: by name, (P, ...), free of autograd, sharing memory with the networks: to be read
-            and written in place.
+        weights: parameters by name, (P, ...), leaves of autograd.
+        statistics: buffers by name, (P, ...).
 
     Raises:
         TypeError: a layer with weights cannot be laid side by side.
     """
 
-    def __init__(self, network: nn.Module, sizes: Sequence[int], device: torch.device) -> None:
-        super().__init__()
-        copies = len(sizes)
-        learned = {name for name, _ in network.named_parameters()}
-        stacks = {
-            name: tensor.detach().to(device).expand(copies, *tensor.shape).clone()
-            for name, tensor in network.state_dict().items()
-            if tensor.ndim > 0
-        }
-        self.parameters_of: Stack = {name: stack for name, stack in stacks.items() if name in learned}
-        self.buffers_of: Stack = {name: stack for name, stack in stacks.items() if name not in learned}
-        # Copies with equally many images run together: one network for each run of them.
-        starts = [0, *(i for i in range(1, copies) if sizes[i] != sizes[i - 1])]
-        self.runs = [(a, b, int(sizes[a])) for a, b in zip(starts, [*starts[1:], copies], strict=True)]
-        self.networks = nn.ModuleList(_widened(network, b - a) for a, b, _ in self.runs)
-        for (a, b, _), wide in zip(self.runs, self.networks, strict=True):
-            wide.to(device).train()
-            for name, stack in stacks.items():
-                owner, _, leaf = name.rpartition(".")
-                view = stack[a:b].flatten(0, 1)
-                setattr(wide.get_submodule(owner), leaf, nn.Parameter(view) if name in learned else view)
+    def __init__(self, network: nn.Module, sizes: Sequence[int], device: torch.device, learns: bool = True) -> None:
+        copies, images = len(sizes), sum(sizes)
+
+        def stacked(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(device).expand(copies, *tensor.shape).clone()
+
+        self.weights: Stack = {name: stacked(p).requires_grad_(learns) for name, p in network.named_parameters()}
+        self.statistics: Stack = {name: stacked(b) for name, b in network.named_buffers()}
+        self.alone = copies == 1
+        owner = torch.repeat_interleave(torch.tensor(sizes)).to(device)  # of every image
+        self.owner = None if copies == images else owner
+        # Only its structure is used: weights and statistics are handed to it in every pass.
+        self.network = nn.Sequential(copy.deepcopy(network)).to("meta").train()
+        if not self.alone:
+            _widen(self.network, images, owner, torch.tensor(sizes, device=device))
 
     def forward(self, images: Tensor) -> Tensor:
         """Run every copy on its own images.
 
         Args:
-            images: (V, n, C, H, W): V views of the images of copy 0, of copy 1, ...; n is the sum of ``sizes``.
+            images: (V, n, C, H, W): V views of the images of copy 0, of copy 1, ...
 
         Returns:
             (V, n, C', H', W'), in the same order.
         """
-        pieces = images.split([(b - a) * size for a, b, size in self.runs], dim=1)
-        outputs = [
-            _run(wide, piece, b - a) for (a, b, _), wide, piece in zip(self.runs, self.networks, pieces, strict=True)
-        ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-
-    def counters(self) -> Stack:
-        """Buffers that all copies share, by name: how many batches BatchNorm has seen."""
-        return {name: buffer for name, buffer in self.networks[0].named_buffers() if buffer.ndim == 0}
-
-    def set_counters(self, counters: Stack) -> None:
-        """Restore ``counters``."""
-        for wide in self.networks:
-            for name, value in counters.items():
-                wide.get_buffer(name).copy_(value)
+        if self.alone:
+            state = {f"0.{name}": stack[0] for name, stack in (self.weights | self.statistics).items()}
+            return functional_call(self.network, state, images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        weights = {name: w if self.owner is None else w.index_select(0, self.owner) for name, w in self.weights.items()}
+        state = {name: w.flatten(0, 1) for name, w in weights.items()} | self.statistics
+        state = {f"0.{name}": tensor for name, tensor in state.items()}
+        return functional_call(self.network, state, images.flatten(1, 2)).unflatten(1, (images.shape[1], -1))
 
 
-def _run(wide: nn.Module, images: Tensor, copies: int) -> Tensor:
-    """Copies with B images each: (V, P * B, C, H, W) to (V, P * B, C', H', W'). Free of copying where B = 1."""
-    views = len(images)
-    x = images.unflatten(1, (copies, -1)).transpose(1, 2)  # (V, B, P, C, H, W)
-    y = wide(x.reshape(-1, copies * x.shape[3], *x.shape[4:]))  # (V * B, P * C', H', W')
-    y = y.unflatten(1, (copies, -1)).unflatten(0, (views, -1))  # (V, B, P, C', H', W')
-    return y.transpose(1, 2).flatten(1, 2)
+def _widen(network: nn.Module, groups: int, owner: Tensor, sizes: Tensor) -> None:
+    """Give the layers inside a network so many times the channels, in groups."""
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Conv2d):
+                numbers = child.in_channels * child.kernel_size[0] * child.kernel_size[1]
+                if child.groups == 1 and numbers <= FEW and _is_plain(child):
+                    child._conv_forward = partial(_by_matrices, child, groups)  # type: ignore[method-assign]
+                child.in_channels *= groups
+                child.out_channels *= groups
+                child.groups *= groups
+            elif isinstance(child, nn.GroupNorm):
+                child.num_groups *= groups
+                child.num_channels *= groups
+            elif isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, _BatchNorms(child, owner, sizes))
+            elif next(child.parameters(recurse=False), None) is not None:
+                raise TypeError(f"{type(child).__name__} cannot be laid side by side")
 
 
 def _is_plain(conv: nn.Conv2d) -> bool:
     return conv.dilation == (1, 1) and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
-def _by_matrices(conv: nn.Conv2d, copies: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A convolution of P copies as matrix products with unfolded images: (B, P * I, H, W) to (B, P * O, H', W')."""
+def _by_matrices(conv: nn.Conv2d, groups: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution in n groups as matrix products with unfolded images: (V, n * I, H, W) to (V, n * O, H', W')."""
     (height, width), (down, along) = conv.kernel_size, conv.stride
     above, beside = (int(side) for side in conv.padding)
-    x = F.pad(x.unflatten(1, (copies, -1)), (beside, beside, above, above))  # (B, P, I, H, W)
-    windows = x.unfold(3, height, down).unfold(4, width, along)  # (B, P, I, H', W', k, k), a view
+    x = F.pad(x.unflatten(1, (groups, -1)), (beside, beside, above, above))  # (V, n, I, H, W)
+    windows = x.unfold(3, height, down).unfold(4, width, along)  # (V, n, I, H', W', k, k), a view
     patches = windows.permute(0, 1, 2, 5, 6, 3, 4).flatten(5, 6).flatten(2, 4)  # several times as fast as F.unfold
-    y = weight.view(copies, -1, patches.shape[2]) @ patches  # (B, P, O, H' * W')
+    y = weight.view(groups, -1, patches.shape[2]) @ patches  # (V, n, O, H' * W')
     y = y.flatten(1, 2).unflatten(2, windows.shape[3:5])
     return y if bias is None else y + bias.view(-1, 1, 1)
 
 
-def _widened(network: nn.Module, copies: int) -> nn.Module:
-    """The network with so many times the channels, in groups; its weights are still to be set."""
-    wide = copy.deepcopy(network)
-    for module in wide.modules():
-        if isinstance(module, nn.Conv2d):
-            numbers = module.in_channels * module.kernel_size[0] * module.kernel_size[1]
-            if copies > 1 and module.groups == 1 and numbers <= FEW and _is_plain(module):
-                module._conv_forward = partial(_by_matrices, module, copies)  # type: ignore[method-assign]
-            module.in_channels *= copies
-            module.out_channels *= copies
-            module.groups *= copies
-        elif isinstance(module, nn.GroupNorm):
-            module.num_groups *= copies
-            module.num_channels *= copies
-        elif isinstance(module, nn.BatchNorm2d):
-            module.num_features *= copies
-        elif next(module.parameters(recurse=False), None) is not None:
-            raise TypeError(f"{type(module).__name__} cannot be laid side by side")
-    return wide
+class _BatchNorms(nn.Module):
+    """One BatchNorm for each copy, over the copy's own images.
+
+    Args:
+        norm: the one to replace; weights and statistics have its names.
+        owner: (n,) the copy that each image belongs to.
+        sizes: (P,) images of each copy.
+
+    Shape: input and output (V, n * C, H, W).
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, norm: nn.BatchNorm2d, owner: Tensor, sizes: Tensor) -> None:
+        super().__init__()
+        self.eps, self.share = norm.eps, norm.momentum or 0.0
+        self.weight, self.bias = norm.weight, norm.bias
+        for name, buffer in norm.named_buffers():
+            self.register_buffer(name, buffer)
+        self.owner, self.sizes = owner, sizes
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.unflatten(1, (len(self.owner), -1))  # (V, n, C, H, W)
+        mean = self._of_copies(y)
+        y = y - mean[self.owner, :, None, None]
+        variance = self._of_copies(y.square())
+        with torch.no_grad():
+            count = self.sizes[:, None] * (y[:, 0, 0].numel())
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.share)
+            self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), self.share)
+            self.num_batches_tracked.add_(1)
+        y = y * torch.rsqrt(variance + self.eps)[self.owner, :, None, None]
+        return y.flatten(1, 2) * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+
+    def _of_copies(self, y: Tensor) -> Tensor:
+        """(V, n, C, H, W) to the means of every copy and channel, (P, C)."""
+        of_images = y.mean(dim=(0, 3, 4))  # (n, C)
+        sums = of_images.new_zeros(len(self.sizes), of_images.shape[1]).index_add(0, self.owner, of_images)
+        return sums / self.sizes[:, None]
