@@ -1,9 +1,10 @@
 PYTHON ?= python3
 VENV := .venv
+SOURCE ?= cifar10
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench bench-gpu clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)  ## train 100 clients with two kinds of digits each, then print the result
@@ -21,6 +22,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
+
+bench: $(STAMP)  ## all benchmarks, about 20 minutes on 2 cores; results in benchmarks/results
+	for name in clients compute step epoch scaling; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+bench-gpu: $(STAMP)  ## all benchmarks and the headline run on one NVIDIA GPU, CIFAR-10 from SOURCE
+	for name in clients compute step epoch; do $(BIN)/python -m benchmarks.$$name --device cuda || exit 1; done
+	$(BIN)/python -m benchmarks.headline --device cuda --source $(SOURCE) --out runs/headline \
+		--set train.precision=bf16 train.compile=reduce-overhead
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

@@ -46,6 +46,15 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 """Of glibc's malloc.h: when to hand back the end of the heap (-1: never), and how many blocks to map by themselves."""
 
 
+def channels_last_pays(device: torch.device, config: Config) -> bool:
+    """Whether the server half runs faster with channels last, as measured (benchmarks/README.md).
+
+    On a CPU it does, but with GroupNorm in bfloat16; on a GPU GroupNorm would turn the layout back.
+    """
+    grouped_bf16 = config.model.server_norm == "group" and config.train.precision == "bf16"
+    return device.type == "cpu" and not grouped_bf16
+
+
 def fusible(device: torch.device) -> bool:
     """Whether torch.optim has a kernel there that updates all parameters at once."""
     return device.type in ("cpu", "cuda")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from mocosfl.clients import Latents
-from mocosfl.compute import autocast, compiled, fusible
+from mocosfl.compute import autocast, channels_last_pays, compiled, fusible
 from mocosfl.config import Config
 from mocosfl.contrast import KeyQueue, infonce, update_momentum
 from mocosfl.data.images import upload
@@ -47,7 +47,7 @@ class Server:
         self.online = nn.Sequential(half, head).to(device).train()
         if self.world.size > 1:
             share_statistics(self.online, self.world)
-        if device.type == "cpu":  # a step takes two thirds of the time there
+        if channels_last_pays(device, config):
             self.online.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.momentum = copy.deepcopy(self.online).requires_grad_(False)
         contrast, number = config.contrast, config.clients.number

@@ -33,14 +33,20 @@ class WSConv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        w = self.weight  # (O, I, k, k)
-        if channels_last := w.is_contiguous(memory_format=torch.channels_last):
-            w = w.permute(0, 2, 3, 1)  # so that a row is a filter, whatever the layout
-        rows, n = w.flatten(1), w[0].numel()
-        # A row's layer norm, up to the n - 1 of the variance: a tenth of the time that torch.var_mean takes.
-        share = (n - 1) / n
-        w = (F.layer_norm(rows, (n,), eps=1e-10 * share) * share**0.5).view(w.shape)
-        return self._conv_forward(x, w.permute(0, 3, 1, 2) if channels_last else w, self.bias)
+        return self._conv_forward(x, standardised(self.weight), self.bias)
+
+
+def standardised(filters: Tensor) -> Tensor:
+    """Filters with mean 0 and variance 1 each: (O, I, k, k), in the layout that they have.
+
+    A layer norm of each filter, up to the n - 1 of the variance; torch.var_mean takes ten times as long on a CPU.
+    """
+    channels_last = filters.stride(1) == 1
+    w = filters.permute(0, 2, 3, 1) if channels_last else filters
+    n = w[0].numel()
+    share = (n - 1) / n
+    w = (F.layer_norm(w.flatten(1), (n,), eps=1e-10 * share) * share**0.5).view(w.shape)
+    return w.permute(0, 3, 1, 2) if channels_last else w
 
 
 class GroupNorm(nn.GroupNorm):
