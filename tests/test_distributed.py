@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mocosfl.config import Config
 from mocosfl.distributed import World
+from mocosfl.errors import SettingError
+from mocosfl.experiment import build, federate
 
 sys.path.insert(0, str(Path(__file__).parent))
 from rank import train
@@ -150,6 +153,13 @@ def test_a_process_that_dies_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -
 
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_every_process_needs_a_client() -> None:
+    config = Config().updated({"clients.number": 3, "partition.kind": "iid"})
+    federation = federate(config.updated({"data.images": 100, "data.channels": 1}), lambda _: None)
+    with pytest.raises(SettingError, match=r"clients\.pool=3: each of the run's 4 processes needs an active client"):
+        build(config, federation, torch.device("cpu"), World(3, 4))
 
 
 def test_shares_are_consecutive_and_even() -> None:

@@ -210,6 +210,11 @@ def build(config: Config, federation: Federation, device: torch.device, world: W
         SettingError: the model does not fit the images.
     """
     world = world or World()
+    if config.pool < world.size:
+        raise SettingError(
+            f"clients.pool={config.pool}: each of the run's {world.size} processes needs an active client; "
+            "start fewer processes"
+        )
     images = federation.splits.train.to(device)
     mean, std = channel_statistics(images, federation.train_rows)
     encoder = Encoder(config.model, images.shape[0], images.shape[-1], config.seed)

@@ -1,0 +1,46 @@
+"""The benchmarks run and write what they promise; their figures are of no interest here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = ["model.width=4", "train.epochs=1", "evaluation.probe_epochs=1"]
+COMMANDS = {
+    "clients": ["--width", "4", "--size", "8", "--steps", "1", "--cuts", "1", "--numbers", "10", "200", "--no-memory"],
+    "compute": ["--width", "4", "--size", "8", "--steps", "1", "--clients", "5", "--batch", "2", "--precisions", "fp32"],
+    "step": ["--recipe", "digits", "--steps", "2", "--set", *TINY],
+    "epoch": ["--recipes", "digits", "--steps", "2", "--set", *TINY],
+    "scaling": ["--recipe", "digits", "--steps", "2", "--ranks", "1", "2", "--set", *TINY],
+}
+
+
+def run(name: str, *words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--device", "cpu", "--repeats", "1", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_benchmark_writes_its_result(name: str, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    done = run(name, *COMMANDS[name], "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert {"hardware", "versions", "command", "date", "repeats"} <= result.keys()
+    assert result["repeats"] == 1
+
+
+def test_the_headline_stops_in_time_goes_on_and_writes_its_result(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    words = ["--recipe", "digits", "--out", str(tmp_path / "run"), "--json", str(out), "--set", *TINY]
+    stopped = run("headline", *words, "--seconds", "0")
+    assert stopped.returncode == 75, stopped.stderr
+    assert not out.exists()
+    done = run("headline", *words)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert result["floor_of_a_step"]["flops"] > 0
+    assert result["seconds"] >= result["evaluation_seconds"]
