@@ -11,7 +11,20 @@ ROOT = Path(__file__).parent.parent
 TINY = ["model.width=4", "train.epochs=1", "evaluation.probe_epochs=1"]
 COMMANDS = {
     "clients": ["--width", "4", "--size", "8", "--steps", "1", "--cuts", "1", "--numbers", "10", "200", "--no-memory"],
-    "compute": ["--width", "4", "--size", "8", "--steps", "1", "--clients", "5", "--batch", "2", "--precisions", "fp32"],
+    "compute": [
+        "--width",
+        "4",
+        "--size",
+        "8",
+        "--steps",
+        "1",
+        "--clients",
+        "5",
+        "--batch",
+        "2",
+        "--precisions",
+        "fp32",
+    ],
     "step": ["--recipe", "digits", "--steps", "2", "--set", *TINY],
     "epoch": ["--recipes", "digits", "--steps", "2", "--set", *TINY],
     "scaling": ["--recipe", "digits", "--steps", "2", "--ranks", "1", "2", "--set", *TINY],

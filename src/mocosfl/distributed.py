@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn
 from torch import Tensor
 
 from mocosfl.errors import MocosflError, ReportedElsewhere, RunError
@@ -161,6 +162,9 @@ def joined(device: torch.device) -> Iterator[World]:
     Args:
         device: this process's: CUDA tensors go through nccl, all others through gloo.
     """
+    # torch.distributed.nn binds the group of all processes as a default argument where it is imported after the group
+    # exists, as torch.optim does. Then the group outlives its destruction, and its threads abort the process at exit.
+    # So it is imported above.
     if dist.is_initialized():  # by the program that uses this library
         yield World(dist.get_rank(), dist.get_world_size())
     elif int(os.environ.get("WORLD_SIZE", "1")) == 1:
