@@ -30,7 +30,7 @@ def command(*args: str, **more: object) -> subprocess.CompletedProcess:
 
 def test_a_real_run_on_digits_learns(tmp_path: Path) -> None:
     """The demo's recipe for a few epochs: a clear margin over the untrained encoder, on the test set."""
-    done = command("train", "digits", "--out", "run", "--train.epochs", "8", "--evaluation.every", "4", cwd=tmp_path)
+    done = command("train", "digits", "--out", "run", "--train.epochs", "20", "--evaluation.every", "10", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["knn"] > result["knn_untrained"] + 5
