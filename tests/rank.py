@@ -3,12 +3,15 @@
 torchrun --nproc-per-node=2 tests/rank.py OUT '{"clients.pool": 4, ...}' STEPS [STATE]
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
+from types import FunctionType
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from mocosfl.clients import LocalCohort
 from mocosfl.config import Config
@@ -74,5 +77,8 @@ if __name__ == "__main__":
     start = torch.load(rest[0]) if rest else None
     with joined(CPU) as group:
         values, end = train(json.loads(changes), int(steps), group, start)
+        for function in (o for o in gc.get_objects() if isinstance(o, FunctionType)):
+            held = any(default is dist.group.WORLD for default in function.__defaults__ or ())
+            assert not held, f"{function.__module__}.{function.__qualname__} would keep the group beyond its end"
         path = Path(out)
         torch.save({"values": values, "state": end}, path if group.rank == 0 else path.with_suffix(f".{group.rank}"))

@@ -106,6 +106,21 @@ def test_momentum_copy_learns_by_average_alone() -> None:
         torch.testing.assert_close(m, 0.99 * b + 0.01 * o)
 
 
+def test_a_state_in_another_memory_layout_goes_on_alike() -> None:
+    """As one that a GPU has saved: there the server half is not channels-last."""
+    first, second = make(), make()
+    for _ in range(3):
+        first.step(latents(), 0.1)
+    state = copy.deepcopy(first.state_dict())
+    for kept in state["optimizer"]["state"].values():
+        kept["momentum_buffer"] = kept["momentum_buffer"].contiguous()
+    second.load_state_dict(state)
+    for _ in range(3):
+        batch = latents()
+        losses = [server.step(copy.deepcopy(batch), 0.1)[1]["loss"] for server in (first, second)]
+        assert torch.equal(*losses)
+
+
 def test_state_survives_saving() -> None:
     first, second = make(), make()
     for _ in range(3):

@@ -11,6 +11,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from mocosfl.config import Config
+from mocosfl.errors import SettingError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -22,9 +23,18 @@ def autocast(device: torch.device, config: Config) -> AbstractContextManager:
 
 
 def compiled(function: Callable[P, R], config: Config) -> Callable[P, R]:
-    """A function or module, through torch.compile where ``train.compile`` asks for it."""
+    """A function or module, through torch.compile where ``train.compile`` asks for it.
+
+    Raises:
+        SettingError: this PyTorch compiles wrongly.
+    """
     if config.train.compile == "off":
         return function
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 7):
+        raise SettingError(
+            f"train.compile={config.train.compile}: PyTorch {torch.__version__} computes wrong gradients when it "
+            "compiles a convolution before GroupNorm; install 2.7 or newer, or set train.compile=off"
+        )
     return torch.compile(function, mode=config.train.compile, dynamic=False)
 
 

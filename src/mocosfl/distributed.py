@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -137,7 +138,10 @@ class World:
         try:
             yield
         except RuntimeError as error:  # as gloo reports it; the errors of torch.distributed are its subclasses
-            raise RunError(f"another of the run's {self.size} processes has ended") from error
+            reason = str(error).partition("\n")[0][:200]
+            raise RunError(
+                f"an exchange failed, most likely as another of the run's {self.size} processes has ended ({reason})"
+            ) from error
 
 
 class _Sum(torch.autograd.Function):
@@ -170,7 +174,9 @@ def joined(device: torch.device) -> Iterator[World]:
     elif int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
     else:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        # A process that is gone is noticed by its closed connection. One that loads data may take its time.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))
         try:
             yield World(dist.get_rank(), dist.get_world_size())
         finally:

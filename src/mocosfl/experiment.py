@@ -215,6 +215,8 @@ def build(config: Config, federation: Federation, device: torch.device, world: W
             f"clients.pool={config.pool}: each of the run's {world.size} processes needs an active client; "
             "start fewer processes"
         )
+    if config.train.compile != "off":
+        torch.compiler.reset()  # or the shapes of earlier runs count against its limit of recompilations
     images = federation.splits.train.to(device)
     mean, std = channel_statistics(images, federation.train_rows)
     encoder = Encoder(config.model, images.shape[0], images.shape[-1], config.seed)

@@ -136,6 +136,9 @@ class Server:
         self.momentum.load_state_dict(state["momentum"])
         self.queue.load_state_dict(state["queue"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, kept in self.optimizer.state.items():  # fused SGD takes its strides to be the parameter's
+            if (buffer := kept.get("momentum_buffer")) is not None:
+                kept["momentum_buffer"] = torch.empty_like(parameter).copy_(buffer).detach()
 
 
 def _loss(q: Tensor, k: Tensor, negatives: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -91,7 +91,7 @@ class SharedBatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         dims, shape = [d for d in range(x.ndim) if d != 1], [1, -1, *[1] * (x.ndim - 2)]
         y = x.to(torch.promote_types(x.dtype, torch.float32))
-        sums = self.world.sum(torch.cat([y.sum(dims), y.new_tensor([y.numel() / y.shape[1]])]))
+        sums = self.world.sum(torch.cat([y.sum(dims), y.new_full((1,), y.numel() / y.shape[1])]))
         mean, count = sums[:-1] / sums[-1], sums[-1]
         y = y - mean.view(shape)
         variance = self.world.sum(y.square().sum(dims)) / count

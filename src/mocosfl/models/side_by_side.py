@@ -135,7 +135,8 @@ class _BatchNorms(nn.Module):
         self.owner, self.sizes = owner, sizes
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.unflatten(1, (len(self.owner), -1))  # (V, n, C, H, W)
+        full = torch.promote_types(x.dtype, torch.float32)
+        y = x.to(full).unflatten(1, (len(self.owner), -1))  # (V, n, C, H, W)
         mean = self._of_copies(y)
         y = y - mean[self.owner, :, None, None]
         variance = self._of_copies(y.square())
@@ -145,7 +146,7 @@ class _BatchNorms(nn.Module):
             self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), self.share)
             self.num_batches_tracked.add_(1)
         y = y * torch.rsqrt(variance + self.eps)[self.owner, :, None, None]
-        return y.flatten(1, 2) * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+        return (y.flatten(1, 2) * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)).to(x.dtype)
 
     def _of_copies(self, y: Tensor) -> Tensor:
         """(V, n, C, H, W) to the means of every copy and channel, (P, C)."""
