@@ -94,13 +94,13 @@ def _train(args: Sequence[str]) -> int:
     default = Path("runs") / f"{given.config.recipe}-{datetime.now():%Y%m%d-%H%M%S}"
     out = given.resume or given.out or default
     result = train(given.config, out, resume=given.resume is not None, overwrite=given.overwrite, console=console)
-    if not result.finished and not console.quiet:
-        errors.print(
-            f"stopped; everything up to here is saved. Go on with: mocosfl train --resume {result.run}",
-            highlight=False,
-            soft_wrap=True,
-        )
     if not result.finished:
+        if not console.quiet:
+            errors.print(
+                f"stopped; everything up to here is saved. Go on with: mocosfl train --resume {result.run}",
+                highlight=False,
+                soft_wrap=True,
+            )
         return INTERRUPTED
     _print_figures(result.metrics)
     console.print(f"run folder: {result.run}", highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The clients as the trainer sees them, and all of them simulated in one process.
+"""The clients as the trainer sees them, and all of them simulated.
 
 A *cohort* stands for every client of a run. The training loop does not know where they are: ``LocalCohort`` computes
 them here, side by side as one network.
@@ -123,7 +123,7 @@ class LocalCohort:
         )
         self.seats = self.world.share(config.pool)  # of the pool, those computed by this process
         parts = [self.world.share(config.pool, rank) for rank in range(self.world.size)]
-        self.seats_of = [part.stop - part.start for part in parts]
+        self.seats_of = self.world.lengths(config.pool)
         self.shares = tuple(int(self.sizes[part].sum()) for part in parts)
         seats = [self.shares[self.world.rank]] if self.identical else self.sizes[self.seats].tolist()
         self.online = SideBySide(half, seats, device)

@@ -201,8 +201,8 @@ class ClientSettings(Settings):
     """Learning rate of the client halves. Unset: the server's."""
     lr_scale: Literal["batch_mean", "per_client_mean"] = "batch_mean"
     """batch_mean: a client's gradient is its share of the mean loss over the concatenated batch (as published).
-    per_client_mean: it is that of the mean loss of its own images, as many times larger as there are clients in the
-    pool. Measured: batch_mean is better (README)."""
+    per_client_mean: it is that of the mean loss of its own images, as many times larger as the whole batch is larger
+    than its own. Measured: batch_mean is better (README)."""
     keep_optimizer: bool = False
     """Keep a client's SGD momentum while it is outside the pool. Off: it starts from zero when it comes back. With
     all clients active nobody is ever outside."""

@@ -45,6 +45,11 @@ class World:
         start = rank * least + min(rank, more)
         return slice(start, start + least + (rank < more))
 
+    def lengths(self, count: int) -> list[int]:
+        """How many of ``count`` things each process has, in the order of ranks."""
+        parts = [self.share(count, rank) for rank in range(self.size)]
+        return [part.stop - part.start for part in parts]
+
     def gather(self, part: Tensor, lengths: Sequence[int], dim: int = 0) -> Tensor:
         """Concatenate every process's part.
 

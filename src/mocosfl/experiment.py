@@ -418,8 +418,7 @@ def _features(encoder: Encoder, images: ImageSet, rows: NDArray[np.int64], batch
     own = rows[world.share(len(rows))]
     batches = (images.take(own[start : start + batch], device).float() / 255 for start in range(0, len(own), batch))
     features = extract(encoder, batches) if len(own) else torch.zeros(0, encoder.features, device=device)
-    parts = [world.share(len(rows), rank) for rank in range(world.size)]
-    return world.gather(features, [part.stop - part.start for part in parts])
+    return world.gather(features, world.lengths(len(rows)))
 
 
 def _knn(
@@ -451,12 +450,13 @@ def _describe(config: Config, federation: Federation, encoder: Encoder, trainer:
     }[config.partition.kind]
     images = f"{sizes.min()}" if sizes.min() == sizes.max() else f"{sizes.min()} to {sizes.max()}"
     pool = "" if config.pool == len(sizes) else f", {config.pool} active in a round"
+    rich = f" ({config.rich} of them rich: batch {config.batches[-1]})" if config.rich else ""
     latent = "x".join(map(str, encoder.latent_shape))
     test = 0 if federation.splits.test is None else len(federation.splits.test)
     return (
         f"images:  {config.data.source}, {encoder.channels}x{encoder.size}x{encoder.size}; "
         f"{len(federation.train_rows)} for training, {len(federation.held_out)} held out, {test} for testing\n"
-        f"clients: {len(sizes)}, {kind}, {images} images each, batch {config.clients.batch}{pool}; "
+        f"clients: {len(sizes)}, {kind}, {images} images each, batch {config.clients.batch}{rich}{pool}; "
         f"latents {latent}\n"
         f"server:  {model.backbone} of width {model.width} cut after {model.cut}, {trainer.steps} steps of "
         f"{config.step_images} images on {trainer.server.device}"
