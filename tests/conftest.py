@@ -1,9 +1,14 @@
 """What all tests share."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_sample_images
+from torch import Tensor
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -32,3 +37,27 @@ def cifar10() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the parquet files of CIFAR-10 in {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def photos() -> Callable[..., Tensor]:
+    """Makes small real images that need no download: ``photos(count, size)``."""
+    return _photos
+
+
+def _photos(count: int, size: int, seed: int = 0) -> Tensor:
+    """Pieces of scikit-learn's two photographs: (count, 3, size, size) float32 in [0, 1], some of them mirrored."""
+    rng = np.random.default_rng(seed)
+    pieces = []
+    for number in range(count):
+        photo = _both()[number % 2]
+        top, left = (int(rng.integers(0, side - 4 * size)) for side in photo.shape[:2])
+        square = photo[top : top + 4 * size, left : left + 4 * size]
+        small = square.reshape(size, 4, size, 4, 3).mean(axis=(1, 3))
+        pieces.append(small[:, ::-1] if rng.random() < 0.5 else small)
+    return torch.from_numpy(np.stack(pieces).transpose(0, 3, 1, 2).astype(np.float32) / 255)
+
+
+@functools.cache
+def _both() -> list[np.ndarray]:
+    return load_sample_images().images

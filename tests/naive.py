@@ -87,9 +87,10 @@ class NaiveCohort:
         rich = client >= self.config.clients.number - self.config.rich
         return self.config.clients.batch * (self.config.clients.rich_batch_factor if rich else 1)
 
-    def backward(self, gradients: Tensor, lr: float) -> None:
+    def backward(self, gradients: Tensor, lr: float) -> dict[str, Tensor]:
         for client, piece in zip(self.pool, gradients.split([self._batch(c) for c in self.pool], dim=1), strict=True):
             self.clients[client].backward(piece, lr)
+        return {}
 
     def synchronise(self) -> None:
         self._hand_out("online")

@@ -171,7 +171,7 @@ def test_compiled_and_plain_runs_train_alike() -> None:
         rounded.append((compiled_augmentation(images, p, policy) - exact).abs().max())
         return exact
 
-    compiled_augmentation, cohort._augmented = cohort._augmented, augmented_alike
+    compiled_augmentation, cohort.views.augmented = cohort.views.augmented, augmented_alike
     Trainer(config, cohort, server, 30, [losses]).run()
     assert len(plain) == 5
     assert losses.values == pytest.approx(plain, rel=1e-9)

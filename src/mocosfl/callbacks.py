@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -13,6 +14,7 @@ from rich.text import Text
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from mocosfl.errors import RunError
 from mocosfl.run import Run
 from mocosfl.trainer import Callback, Trainer
 
@@ -121,6 +123,51 @@ class Monitor(Callback):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state_dict``'s result."""
         self.seconds = state["seconds"]
+
+
+class CollapseGuard(Callback):
+    """Ends a run whose features have become one and the same: a client half that tells nothing teaches nothing.
+
+    Looked at every ``train.log_every`` steps: the features' variance, and whether the contrast is at the level of
+    guessing.
+    """
+
+    SPREAD = 1e-3
+    """Least variance of normalised features; that of healthy runs was 0.2 and more."""
+    FROM, STEPS = 0.1, 100
+    """Nothing is expected of the first tenth of a run, nor of its first hundred steps."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def after_step(self, trainer: Trainer, metrics: dict[str, Tensor]) -> None:
+        """Add to the sums; judge when it is time."""
+        for name in ("spread", "contrast_accuracy", "loss"):
+            self.sums[name] = self.sums.get(name, 0) + metrics[name]
+        self.count += 1
+        if trainer.step % trainer.config.train.log_every:
+            return
+        trainer.check()
+        spread, accuracy, loss = (float(total) / self.count for total in self.sums.values())
+        self.sums, self.count = {}, 0
+        guess = 1 / (trainer.config.contrast.queue + 1)
+        ways = 2 if trainer.config.contrast.symmetric else 1
+        guessing = accuracy <= 2 * guess and loss / ways >= 0.95 * -math.log(guess)
+        if trainer.step >= max(self.STEPS, self.FROM * trainer.steps) and (spread < self.SPREAD or guessing):
+            raise RunError(
+                f"training has collapsed at step {trainer.step}: the features' variance is {spread:.2g} (healthy: "
+                f"0.2 and more), contrast accuracy {accuracy:.2%}, loss {loss:.3f}; lower ressfl.weight or "
+                "ressfl.clip, or raise ressfl.ssim_target or ressfl.warmup"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums under way."""
+        return {"sums": self.sums, "count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state_dict``'s result."""
+        self.sums, self.count = dict(state["sums"]), state["count"]
 
 
 class Checkpoints(Callback):

@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mocosfl.config import Config
+from mocosfl.config import AttackSettings, Config
 from mocosfl.errors import MocosflError, ReportedElsewhere, nearest
 from mocosfl.recipes import RECIPES, recipe
 
@@ -43,6 +43,12 @@ class TrainArguments:
 
 
 @dataclass
+class PretrainArguments(TrainArguments):
+    """Train both halves on the server so that the client half resists inversion (TAResSFL). RECIPE is a name from
+    `mocosfl recipes` or a YAML file."""
+
+
+@dataclass
 class EvaluateArguments:
     """kNN before and after training, and linear probe, on the test set of a finished run."""
 
@@ -50,6 +56,19 @@ class EvaluateArguments:
     """The run folder."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto."""
+
+
+@dataclass
+class AttackArguments:
+    """Try to turn the latents of a run back into images; privacy.json and reconstructions.png in its folder tell."""
+
+    attack: Annotated[AttackSettings, tyro.conf.arg(name="")]
+    run: tyro.conf.Positional[Path | None] = None
+    """The run folder."""
+    compare: tuple[Path, ...] = ()
+    """Instead: put runs that have been attacked side by side, as a table and a picture."""
+    out: Path = Path("privacy.png")
+    """Picture of --compare."""
 
 
 @dataclass
@@ -67,43 +86,56 @@ def _base(args: Sequence[str]) -> tuple[Config, list[str]]:
     given = rest.pop(0) if rest and not rest[0].startswith("-") else None
     if given is not None:
         return (Config.from_yaml(given) if given.endswith((".yaml", ".yml")) else recipe(given)), rest
-    for place, word in enumerate(rest):
-        folder = word.partition("=")[2] if word.startswith("--resume=") else None
-        if word == "--resume" and place + 1 < len(rest):
-            folder = rest[place + 1]
-        if folder is not None:
-            from mocosfl.run import Run
+    for flag in ("--resume", "--clients.init"):
+        for place, word in enumerate(rest):
+            folder = word.partition("=")[2] if word.startswith(f"{flag}=") else None
+            if word == flag and place + 1 < len(rest):
+                folder = rest[place + 1]
+            if folder is not None:
+                from mocosfl.run import Run
 
-            return Run.open(folder).config, rest
+                return Run.open(folder).config, rest
     return recipe("digits"), rest
 
 
 def _train(args: Sequence[str]) -> int:
-    config, flags = _base(args)
-    given = tyro.cli(
-        TrainArguments,
-        prog="mocosfl train [RECIPE]",
-        args=flags,
-        default=TrainArguments(config),
-    )
     from mocosfl.experiment import train
+
+    return _run(args, "train", TrainArguments, train)
+
+
+def _pretrain(args: Sequence[str]) -> int:
+    from mocosfl.experiment import pretrain
+
+    return _run(args, "pretrain", PretrainArguments, pretrain)
+
+
+def _run(args: Sequence[str], command: str, arguments: type[TrainArguments], run: Callable[..., Any]) -> int:
+    """Train or pre-train; both are called alike."""
+    config, flags = _base(args)
+    given = tyro.cli(arguments, prog=f"mocosfl {command} [RECIPE]", args=flags, default=arguments(config))
 
     if given.resume is not None and (given.out is not None or given.overwrite):
         errors.print("--resume goes on in its own folder: leave out --out and --overwrite", highlight=False)
         return 2
-    default = Path("runs") / f"{given.config.recipe}-{datetime.now():%Y%m%d-%H%M%S}"
+    suffix = "" if command == "train" else f"-{command}"
+    default = Path("runs") / f"{given.config.recipe}{suffix}-{datetime.now():%Y%m%d-%H%M%S}"
     out = given.resume or given.out or default
-    result = train(given.config, out, resume=given.resume is not None, overwrite=given.overwrite, console=console)
+    result = run(given.config, out, resume=given.resume is not None, overwrite=given.overwrite, console=console)
     if not result.finished:
         if not console.quiet:
             errors.print(
-                f"stopped; everything up to here is saved. Go on with: mocosfl train --resume {result.run}",
+                f"stopped; everything up to here is saved. Go on with: mocosfl {command} --resume {result.run}",
                 highlight=False,
                 soft_wrap=True,
             )
         return INTERRUPTED
     _print_figures(result.metrics)
     console.print(f"run folder: {result.run}", highlight=False, soft_wrap=True)
+    if command == "pretrain":
+        console.print(
+            f"next: mocosfl train --clients.init {result.run} --clients.frozen", highlight=False, soft_wrap=True
+        )
     return 0
 
 
@@ -112,6 +144,38 @@ def _evaluate(args: Sequence[str]) -> int:
     from mocosfl.experiment import evaluate
 
     _print_figures(evaluate(given.run, console, given.device))
+    return 0
+
+
+def _attack(args: Sequence[str]) -> int:
+    given = tyro.cli(AttackArguments, prog="mocosfl attack", args=args, default=AttackArguments(AttackSettings()))
+    from mocosfl.privacy.audit import audit, compare
+    from mocosfl.reporting import privacy
+
+    if (given.run is None) == (not given.compare):
+        errors.print("name one run to attack, or several after --compare", highlight=False)
+        return 2
+    if given.run is None:
+        rows = compare(given.compare)
+        console.print(privacy.comparison(rows))
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        privacy.draw_comparison(rows, given.out)
+        console.print(f"picture: {given.out}", highlight=False, soft_wrap=True)
+        return 0
+    from mocosfl.experiment import choose_device, prepared
+    from mocosfl.run import Run
+
+    device = choose_device(given.attack.device)
+    with prepared(device):
+        found = audit(
+            given.run, given.attack, device, partial(console.print, highlight=False, markup=False, soft_wrap=True)
+        )
+    run = Run.open(given.run)
+    run.write_json("privacy.json", found.report)
+    picture = run.path / "reconstructions.png"
+    privacy.draw_reconstructions(found.originals, found.reconstructions, found.report, picture)
+    console.print(privacy.table(found.report))
+    console.print(f"picture: {picture}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -172,7 +236,7 @@ def _partition(args: Sequence[str]) -> int:
         args=flags,
         default=PartitionArguments(config),
     )
-    from mocosfl.experiment import federate
+    from mocosfl.data.federation import federate
     from mocosfl.reporting.partition import draw, table
 
     federation = federate(given.config, partial(console.print, highlight=False, markup=False, soft_wrap=True))
@@ -191,7 +255,9 @@ def _partition(args: Sequence[str]) -> int:
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train an encoder, or resume a run"),
+    "pretrain": (_pretrain, "train a client half that resists inversion, before any client takes part"),
     "evaluate": (_evaluate, "kNN and linear probe of a finished run"),
+    "attack": (_attack, "what the server could see of a client's images: reconstructions and scores"),
     "recipes": (_recipes, "list the named configurations"),
     "partition": (_partition, "print and draw the split of the images over the clients"),
 }

@@ -1,11 +1,12 @@
 """The clients as the trainer sees them, and all of them simulated.
 
 A *cohort* stands for every client of a run. The training loop does not know where they are: ``LocalCohort`` computes
-them here, side by side as one network.
+them here, side by side as one network, ``FrozenCohort`` those that never change.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,6 +25,8 @@ from mocosfl.data.images import ImageSet, upload
 from mocosfl.data.sampler import ClientSampler
 from mocosfl.distributed import World
 from mocosfl.models.side_by_side import SideBySide, Stack
+from mocosfl.privacy.defences import Defence
+from mocosfl.randomness import PROTECT, bits
 from mocosfl.sync import fedavg
 
 
@@ -38,6 +41,7 @@ class Latents:
         clients: (P,) int64, the clients in the order of their pieces.
         sizes: (P,) int64, images of each client; n is their sum.
         shares: n of every process of the run; one number where there is one process.
+        learning: whether the clients want a gradient.
     """
 
     query: Tensor
@@ -45,6 +49,7 @@ class Latents:
     clients: NDArray[np.int64]
     sizes: NDArray[np.int64]
     shares: tuple[int, ...]
+    learning: bool = True
 
 
 class Cohort(Protocol):
@@ -56,12 +61,15 @@ class Cohort(Protocol):
     def forward(self) -> Latents:
         """Let every active client draw images, make two views and run its halves on them."""
 
-    def backward(self, gradients: Tensor, lr: float) -> None:
+    def backward(self, gradients: Tensor, lr: float) -> dict[str, Tensor]:
         """Hand each client the gradient at its query latents; each takes a step at this rate.
 
         Args:
             gradients: of the shape of ``Latents.query``.
             lr: learning rate.
+
+        Returns:
+            Metrics of the clients' own losses, as tensors that nobody has waited for.
         """
 
     def synchronise(self) -> None:
@@ -75,6 +83,53 @@ class Cohort(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state_dict``'s result."""
+
+
+class Views:
+    """Draws the active clients' images, and makes two augmented views of each.
+
+    Args:
+        config: the whole configuration.
+        images: the training set.
+        sampler: draws each client's images.
+        device: where to compute.
+        world: the processes of the run: each makes the views of a part of the active clients, consecutive ones.
+
+    Attributes:
+        sizes: (P,) int64, images of each client of the pool in a step.
+        seats: of the pool, those of this process.
+        shares: images of every process in a step.
+    """
+
+    def __init__(
+        self, config: Config, images: ImageSet, sampler: ClientSampler, device: torch.device, world: World
+    ) -> None:
+        self.config, self.images, self.sampler, self.device, self.world = config, images, sampler, device, world
+        self.policy = Policy.of(config.augment)
+        self.augmented = compiled(augmented, config)
+        self.sizes = config.batches
+        self.seats = world.share(config.pool)
+        parts = [world.share(config.pool, rank) for rank in range(world.size)]
+        self.shares = tuple(int(self.sizes[part].sum()) for part in parts)
+
+    def draw(self, pool: NDArray[np.int64]) -> Tensor:
+        """Two views of each image that this process's clients draw: (2, n, C, S, S) float32 in [0, 1]."""
+        shares, rank = self.shares, self.world.rank
+        own = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
+        with record_function("augment"):
+            rows, draws = self.sampler.draw(pool, self.sizes)  # of the whole pool, so that all counters agree
+            images = self.images.take(rows[own], self.device)
+            parameters = AugmentParameters.draw(
+                self.policy,
+                images.shape[-1],
+                self.config.seed,
+                client=np.repeat(pool, self.sizes)[own],
+                draw=draws[own],
+                view=np.arange(2)[:, None],
+            )
+            twice = images.expand(2, *images.shape).flatten(0, 1)
+            views = self.augmented(twice, parameters.to(self.device), self.policy)
+        return views.unflatten(0, (2, -1))
 
 
 class LocalCohort:
@@ -95,6 +150,7 @@ class LocalCohort:
         mean, std: (C,) of the training images in [0, 1].
         device: where to compute.
         world: the processes of the run: each holds a part of the active clients, consecutive ones.
+        defence: what clients do to their latents. Unset: nothing.
     """
 
     def __init__(
@@ -107,13 +163,14 @@ class LocalCohort:
         std: Tensor,
         device: torch.device,
         world: World | None = None,
+        defence: Defence | None = None,
     ) -> None:
-        self.config, self.images, self.sampler, self.device = config, images, sampler, device
-        self.world = world or World()
+        self.config, self.sampler, self.device = config, sampler, device
+        self.world, self.defence = world or World(), defence or Defence()
+        self.views = Views(config, images, sampler, device, self.world)
         self.mean, self.std = mean.to(device), std.to(device)
-        self.policy = Policy.of(config.augment)
         self.pool = np.arange(config.pool)
-        self.sizes = config.batches
+        self.sizes, self.shares = self.views.sizes, self.views.shares
         self.contributed = np.zeros(config.pool, dtype=np.int64)
         self.identical = (
             config.sync.every == 1
@@ -121,22 +178,20 @@ class LocalCohort:
             and config.model.client_norm == "group"  # BatchNorm would mix the clients' statistics
             and self.sizes.min() == self.sizes.max()
         )
-        self.seats = self.world.share(config.pool)  # of the pool, those computed by this process
-        parts = [self.world.share(config.pool, rank) for rank in range(self.world.size)]
+        self.seats = self.views.seats  # of the pool, those computed by this process
         self.seats_of = self.world.lengths(config.pool)
-        self.shares = tuple(int(self.sizes[part].sum()) for part in parts)
         seats = [self.shares[self.world.rank]] if self.identical else self.sizes[self.seats].tolist()
         self.online = SideBySide(half, seats, device)
         self.momentum = SideBySide(half, seats, device, learns=False)
         self.velocity = {name: torch.zeros_like(p) for name, p in self.momentum.weights.items()}
         self.optimizer = self._optimizer()
-        self._augmented = compiled(augmented, config)
         self._online, self._momentum = compiled(self.online.forward, config), compiled(self.momentum.forward, config)
         self.bank = {
             group: {name: t[:1].repeat(config.clients.number, *[1] * (t.ndim - 1)) for name, t in stack.items()}
             for group, stack in self._kept().items()
         }
         self._query: Tensor | None = None
+        self._seen: Tensor | None = None  # the views that the query latents were made of
 
     def _optimizer(self) -> torch.optim.SGD:
         """One SGD for all clients: it works number by number. Its momentum lies in ``velocity``."""
@@ -193,22 +248,9 @@ class LocalCohort:
         """Draw images, make two views, run both halves; see ``Cohort.forward``."""
         if self.config.train.compile != "off":
             torch.compiler.cudagraph_mark_step_begin()  # the last step's tensors may be written over
-        config, own = self.config, slice(sum(self.shares[: self.world.rank]), sum(self.shares[: self.world.rank + 1]))
-        with record_function("augment"):
-            rows, draws = self.sampler.draw(self.pool, self.sizes)  # of the whole pool, so that all counters agree
-            images = self.images.take(rows[own], self.device)
-            parameters = AugmentParameters.draw(
-                self.policy,
-                images.shape[-1],
-                config.seed,
-                client=np.repeat(self.pool, self.sizes)[own],
-                draw=draws[own],
-                view=np.arange(2)[:, None],
-            )
-            twice = images.expand(2, *images.shape).flatten(0, 1)
-            views = self._augmented(twice, parameters.to(self.device), self.policy)
-            views = normalise(views, self.mean, self.std).unflatten(0, (2, -1))  # (2, n, C, S, S)
-
+        config = self.config
+        seen = self.views.draw(self.pool)
+        views = normalise(seen, self.mean, self.std)  # (2, n, C, S, S)
         first, second = (views, views.flip(0)) if config.contrast.both_views else (views[:1], views[1:])
         with record_function("clients: forward"), autocast(self.device, config):
             query = self._online(first)
@@ -216,18 +258,22 @@ class LocalCohort:
             with torch.no_grad():
                 key = self._momentum(second)
         full = torch.promote_types(query.dtype, torch.float32)
-        self._query = query.to(full)
+        query, key = protected(self.defence, (query.to(full), key.to(full)), config.seed, self.sampler, self.world)
+        self._query, self._seen = query, seen[: len(first)]
         self.contributed += self.sizes
         clients, sizes = self.pool[self.seats], self.sizes[self.seats]
-        return Latents(self._query.detach(), key.to(full), clients, sizes, self.shares)
+        return Latents(query.detach(), key, clients, sizes, self.shares)
 
-    def backward(self, gradients: Tensor, lr: float) -> None:
+    def backward(self, gradients: Tensor, lr: float) -> dict[str, Tensor]:
         """Back-propagate each client's piece through its half; one SGD step each."""
-        if self._query is None:
+        if self._query is None or self._seen is None:
             raise RuntimeError("backward needs a forward before it")
+        with record_function("clients: defence"), autocast(self.device, self.config):
+            flat = [t.flatten(0, 1) for t in (self._query.detach(), self._seen, gradients)]
+            extra = self.defence.gradient(flat[0], flat[1], self._weights(len(self._query)), flat[2])
         with record_function("clients: backward"):
-            self._query.backward(gradients)
-        self._query = None
+            self._query.backward(gradients if extra is None else gradients + extra.view_as(gradients))
+        self._query = self._seen = None
         with record_function("clients: update"):
             if self.identical:  # the gradients' sum over the clients becomes their average
                 grads = [p.grad for p in self.online.weights.values() if p.grad is not None]
@@ -236,6 +282,14 @@ class LocalCohort:
             self.optimizer.param_groups[0]["lr"] = lr
             self.optimizer.step()
             self.optimizer.zero_grad()
+        return self.defence.metrics
+
+    def _weights(self, views: int) -> Tensor:
+        """Of every image of this process in the clients' loss, as ``clients.lr_scale`` says: (views * n,)."""
+        sizes = self.sizes[self.seats]
+        whole = self.config.clients.lr_scale == "batch_mean"
+        of = np.full(len(sizes), self.sizes.sum()) if whole else sizes
+        return upload(np.repeat(1 / of, sizes).astype(np.float32), self.device).repeat(views) / views
 
     @torch.no_grad()
     def synchronise(self) -> None:
@@ -286,6 +340,7 @@ class LocalCohort:
             "pool": torch.from_numpy(self.pool),
             "contributed": torch.from_numpy(self.contributed),
             "drawn": torch.from_numpy(self.sampler.drawn),
+            "defence": self.defence.state_dict(),
         }
 
     @torch.no_grad()
@@ -300,3 +355,91 @@ class LocalCohort:
         self.pool = state["pool"].numpy().copy()
         self.contributed = state["contributed"].numpy().copy()
         self.sampler.drawn = state["drawn"].numpy().copy()
+        self.defence.load_state_dict(state["defence"])
+
+
+class FrozenCohort:
+    """Simulated clients whose half never changes: one half stands for all of them.
+
+    Online and momentum copy are the same, and no client is ever sent anything. BatchNorm in the half uses the
+    statistics that it came with.
+
+    Args:
+        half: the client half.
+        config, images, sampler, mean, std, device, world, defence: as for ``LocalCohort``.
+    """
+
+    def __init__(
+        self,
+        half: nn.Module,
+        config: Config,
+        images: ImageSet,
+        sampler: ClientSampler,
+        mean: Tensor,
+        std: Tensor,
+        device: torch.device,
+        world: World | None = None,
+        defence: Defence | None = None,
+    ) -> None:
+        self.config, self.sampler, self.device = config, sampler, device
+        self.world, self.defence = world or World(), defence or Defence()
+        self.views = Views(config, images, sampler, device, self.world)
+        self.mean, self.std = mean.to(device), std.to(device)
+        self.pool = np.arange(config.pool)
+        self.half = copy.deepcopy(half).to(device).requires_grad_(False).eval()
+        self._half = compiled(self.half, config)
+
+    def activate(self, pool: NDArray[np.int64]) -> None:
+        """Swap the pool."""
+        self.pool = pool
+
+    @torch.no_grad()
+    def forward(self) -> Latents:
+        """Draw images, make two views, run the half on them; see ``Cohort.forward``."""
+        if self.config.train.compile != "off":
+            torch.compiler.cudagraph_mark_step_begin()
+        views = normalise(self.views.draw(self.pool), self.mean, self.std)
+        with record_function("clients: forward"), autocast(self.device, self.config):
+            latents = self._half(views.flatten(0, 1)).unflatten(0, (2, -1))
+        latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
+        pair = (latents[:1], latents[1:])
+        query, key = protected(self.defence, pair, self.config.seed, self.sampler, self.world)
+        clients, sizes = self.pool[self.views.seats], self.views.sizes[self.views.seats]
+        return Latents(query, key, clients, sizes, self.views.shares, learning=False)
+
+    def backward(self, gradients: Tensor, lr: float) -> dict[str, Tensor]:
+        """Never called: a frozen client is sent no gradient."""
+        raise RuntimeError("frozen clients take no gradient")
+
+    def synchronise(self) -> None:
+        """Nothing: all halves are the same."""
+
+    def average(self) -> dict[str, Tensor]:
+        """The half as a state dict."""
+        return self.half.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The half, the pool and the counters."""
+        return {
+            "half": self.half.state_dict(),
+            "pool": torch.from_numpy(self.pool),
+            "drawn": torch.from_numpy(self.sampler.drawn),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state_dict``'s result."""
+        self.half.load_state_dict(state["half"])
+        self.pool = state["pool"].numpy().copy()
+        self.sampler.drawn = state["drawn"].numpy().copy()
+
+
+def protected(
+    defence: Defence, latents: tuple[Tensor, ...], seed: int, sampler: ClientSampler, world: World
+) -> list[Tensor]:
+    """What is sent of several sets of latents, (V, n, ...) each; every message of a run is protected anew."""
+    step = int(sampler.drawn.sum())
+    seeds = [int(bits(seed, PROTECT, step, place, world.rank) >> np.uint64(1)) for place in range(len(latents))]
+    return [
+        defence.protect(piece.flatten(0, 1), number).view_as(piece)
+        for piece, number in zip(latents, seeds, strict=True)
+    ]

@@ -203,6 +203,11 @@ class ClientSettings(Settings):
     """batch_mean: a client's gradient is its share of the mean loss over the concatenated batch (as published).
     per_client_mean: it is that of the mean loss of its own images, as many times larger as the whole batch is larger
     than its own. Measured: batch_mean is better (README)."""
+    init: str | None = None
+    """Run folder whose client half every client starts from, and whose normalisation it uses: one of
+    `mocosfl pretrain`, or any other that is finished."""
+    frozen: bool = False
+    """Clients never change their half: they are sent no gradient and no average. Needs init."""
     keep_optimizer: bool = False
     """Keep a client's SGD momentum while it is outside the pool. Off: it starts from zero when it comes back. With
     all clients active nobody is ever outside."""
@@ -219,6 +224,72 @@ class SyncSettings(Settings):
     """Average the momentum copies too (MonAcoSFL, 2024). Off, as published, they are left as they are."""
 
 
+class DefenceSettings(Settings):
+    """What clients do to their latents so that they tell less of the images (docs/protect.md)."""
+
+    group = "defence"
+
+    kind: Literal["none", "noise", "dropout", "nopeek", "ressfl"] = "none"
+    """noise: Gaussian noise on all latents. dropout: some of the latents' numbers are zero. nopeek: the distance
+    correlation of images and latents is a loss (Vepakomma et al., 2020). ressfl: so is what a decoder can make of them
+    (Li et al., 2022), as set under ressfl."""
+    noise: Annotated[float, Field(gt=0)] = 0.5
+    """Standard deviation of the noise, in multiples of the latents' root mean square."""
+    dropout: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the numbers that are dropped; the others are scaled up."""
+    nopeek: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of the distance correlation in the clients' loss."""
+
+
+class ResSFLSettings(Settings):
+    """The attacker-aware loss of a client half: the similarity of images and what a decoder makes of their latents.
+
+    `mocosfl pretrain` uses it, and `mocosfl train` with defence.kind=ressfl.
+    """
+
+    group = "ressfl"
+
+    weight: Annotated[float, Field(ge=0)] = 2.0
+    """lambda: weight beside the contrastive loss."""
+    ssim_target: Annotated[float, Field(ge=-1, le=1)] = 0.3
+    """A reconstruction whose SSIM is below this costs nothing. Published: 0.6, which does not hold against attackers
+    better than the published one (docs/protect.md)."""
+    warmup: Annotated[int, Field(ge=0)] = 200
+    """Steps over which the weight rises from zero."""
+    clip: Annotated[float, Field(gt=0)] | None = None
+    """Greatest norm of an image's gradient from this loss, in multiples of that from the contrast. Unset: none."""
+    blocks: Count = 4
+    """Residual blocks of the decoder."""
+    channels: Annotated[int, Field(ge=4, multiple_of=4)] = 64
+    """Channels of the decoder."""
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Learning rate of the decoder (Adam)."""
+    steps: Count = 1
+    """Steps of the decoder for one of the clients."""
+
+
+class PretrainSettings(Settings):
+    """TAResSFL: what `mocosfl pretrain` does before any client takes part. Model, augmentation, contrast and ressfl are
+    set as for training."""
+
+    group = "pretrain"
+
+    source: str | None = None
+    """The server's own images, as data.source. They are brought to the size and channels of the clients'."""
+    images: Count | None = None
+    """Use this many of the source's training images. Unset: all."""
+    target_share: Probability = 0
+    """Share of the clients' training images that the server may use beside its own; they make up half of each batch."""
+    spare_client: Annotated[int, Field(ge=0)] = 0
+    """Client none of whose images are used: `mocosfl attack` needs some that nobody has seen."""
+    epochs: Annotated[float, Field(gt=0)] = 200
+    """Passes over the source."""
+    batch: Annotated[int, Field(ge=2, multiple_of=2)] = 256
+    """Images of a step."""
+    lr: Annotated[float, Field(gt=0)] = 0.06
+    """Learning rate of both halves, at its peak."""
+
+
 class TrainSettings(Settings):
     """The run."""
 
@@ -232,6 +303,8 @@ class TrainSettings(Settings):
     """SGD momentum of server and clients."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     """Weight decay of server and clients."""
+    init_server: bool = True
+    """With clients.init: start the server half and the projection head from that run too. Off: afresh."""
     warmup: Share = 0
     """Share of the steps over which the learning rates rise from zero; then they fall to zero along a cosine."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -269,6 +342,44 @@ class EvaluationSettings(Settings):
     """Images in one batch of feature extraction."""
 
 
+class AttackSettings(Settings):
+    """What `mocosfl attack` does. They are no part of a run: the same run can be attacked in many ways."""
+
+    group = "attack"
+
+    client: Annotated[int, Field(ge=0)] | None = None
+    """Client whose images are attacked. Unset: the one that pre-training spared (pretrain.spare_client)."""
+    images: Count = 128
+    """Images of that client to attack, the first ones; all if it has fewer."""
+    gallery: Annotated[int, Field(ge=2)] = 1000
+    """Images among which a reconstruction is to be recognised."""
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Share of all clients' images that the attacker of the paper has; none of them the attacked client's."""
+    epochs: Count = 50
+    """Epochs of that attacker's decoder."""
+    strong_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share that the stronger attacker has."""
+    strong_blocks: Count = 6
+    """Residual blocks of the stronger decoders."""
+    strong_channels: Annotated[int, Field(ge=4, multiple_of=4)] = 96
+    """Channels of the stronger decoders."""
+    strong_steps: Count = 2000
+    """Training steps of the stronger decoders, of 64 images each."""
+    auxiliary: str | None = None
+    """Images of a server that has none of the clients', as data.source. Unset: pretrain.source; without one, cifar100,
+    or cifar10 where the clients have that."""
+    restarts: Count = 3
+    """Starts of the white-box optimisation."""
+    iterations: Count = 300
+    """Steps of one."""
+    views: Count = 16
+    """Augmented views of each image that are seen."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of the attackers' choices."""
+    device: str = "auto"
+    """As train.device."""
+
+
 class Config(Settings):
     """A whole run."""
 
@@ -283,6 +394,9 @@ class Config(Settings):
     contrast: ContrastSettings = ContrastSettings()
     clients: ClientSettings = ClientSettings()
     sync: SyncSettings = SyncSettings()
+    defence: DefenceSettings = DefenceSettings()
+    ressfl: ResSFLSettings = ResSFLSettings()
+    pretrain: PretrainSettings = PretrainSettings()
     train: TrainSettings = TrainSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
@@ -304,6 +418,17 @@ class Config(Settings):
         if clients.rich_batch_factor > 1 and clients.rich_share == 0:
             raise ValueError(
                 f"clients.rich_batch_factor={clients.rich_batch_factor}: no client is rich; set clients.rich_share too"
+            )
+        if clients.frozen and self.defence.kind in ("nopeek", "ressfl"):
+            raise ValueError(
+                f"defence.kind={self.defence.kind}: a loss changes nothing where clients.frozen=True; accepted with it "
+                "are none, noise and dropout"
+            )
+        if clients.frozen and contrast.both_views:
+            raise ValueError("contrast.both_views=True: it doubles what clients learn from, and they are frozen")
+        if self.pretrain.spare_client >= clients.number:
+            raise ValueError(
+                f"pretrain.spare_client={self.pretrain.spare_client}: the clients are 0 to {clients.number - 1}"
             )
         if not contrast.feature_sharing and clients.rich_batch_factor > 1:
             raise ValueError(

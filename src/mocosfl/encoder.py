@@ -74,8 +74,7 @@ class Encoder(nn.Module):
             folder: the run.
             facts: written to the JSON beside what rebuilding needs.
         """
-        weights = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
-        write_atomically(folder / "encoder.safetensors", lambda file: file.write(save(weights)))
+        save_weights(self, folder / "encoder.safetensors")
         text = json.dumps(
             {
                 "format": FORMAT,
@@ -89,6 +88,27 @@ class Encoder(nn.Module):
             indent=2,
         )
         write_atomically(folder / "encoder.json", lambda file: file.write(text.encode() + b"\n"))
+
+
+def save_weights(module: nn.Module, path: Path) -> None:
+    """Write a module's weights as safetensors."""
+    weights = {name: tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}
+    write_atomically(path, lambda file: file.write(save(weights)))
+
+
+def load_head(run: str | Path) -> dict[str, Tensor]:
+    """The weights of a run's projection head.
+
+    Raises:
+        RunError: it has none, or they cannot be read.
+    """
+    path = Path(run) / "head.safetensors"
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise RunError(f"{run} holds no {path.name}; train with train.init_server=False") from error
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
 
 
 def load_encoder(run: str | Path, device: str | torch.device = "cpu") -> Encoder:

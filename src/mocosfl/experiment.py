@@ -20,78 +20,29 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
-from mocosfl.callbacks import Checkpoints, MetricsLog, Monitor, ProgressLine
-from mocosfl.clients import LocalCohort
+from mocosfl.callbacks import Checkpoints, CollapseGuard, MetricsLog, Monitor, ProgressLine
+from mocosfl.clients import FrozenCohort, LocalCohort
 from mocosfl.compute import keep_freed_memory
-from mocosfl.config import Config, EvaluationSettings
+from mocosfl.config import ClientSettings, Config, EvaluationSettings
+from mocosfl.data.federation import Federation, federate
 from mocosfl.data.images import ImageSet, channel_statistics, upload
-from mocosfl.data.partition import Partition, partition
-from mocosfl.data.sampler import ClientSampler
 from mocosfl.data.sources import Splits, balanced, load
 from mocosfl.distributed import World, joined
-from mocosfl.encoder import Encoder, load_encoder
+from mocosfl.encoder import Encoder, load_encoder, load_head, save_weights
 from mocosfl.errors import ReportedElsewhere, RunError, SettingError
 from mocosfl.evaluation import extract, knn_accuracy, linear_probe
 from mocosfl.models import build_head
 from mocosfl.models.heads import WIDTHS
+from mocosfl.models.resnet import stem_for
+from mocosfl.privacy.defences import defence_of
+from mocosfl.privacy.mixture import Mixture, fingerprints, mix
 from mocosfl.randomness import stream
 from mocosfl.reporting.curve import draw_curve
 from mocosfl.run import Run
 from mocosfl.server import Server
 from mocosfl.trainer import Callback, Trainer
-
-
-@dataclass(frozen=True)
-class Federation:
-    """The images of a run and who holds them.
-
-    Attributes:
-        splits: training and test images.
-        train_rows: (n,) int64, rows of the training split that clients hold.
-        held_out: (m,) int64, rows that no client holds; the monitor's queries.
-        partition: which client holds which of ``train_rows``.
-    """
-
-    splits: Splits
-    train_rows: NDArray[np.int64]
-    held_out: NDArray[np.int64]
-    partition: Partition
-
-
-def federate(config: Config, say: Callable[[str], None]) -> Federation:
-    """Load the images, set the held-out slice aside, and spread the rest over the clients.
-
-    Raises:
-        SettingError, DataError: the source or the partition is not possible.
-    """
-    splits = load(config.data, config.seed, say)
-    labels, rows = splits.train.labels, np.arange(len(splits.train))
-    held_out = rows[:0]
-    if labels is None:
-        say("data: the images have no labels; the kNN monitor is skipped")
-    elif config.data.held_out > 0:
-        count = round(config.data.held_out * len(rows))
-        held_out = balanced(rows, labels, count, np.random.default_rng(stream(config.seed, "held out")))
-        rows = np.setdiff1d(rows, held_out)
-    classes = len(splits.train.classes) if splits.train.classes is not None else None
-    held = partition(
-        config.partition,
-        config.clients.number,
-        rows,
-        None if labels is None else labels[rows],
-        classes,
-        config.seed,
-        config.clients.batch,
-    )
-    batch = config.clients.batch * config.clients.rich_batch_factor
-    if config.rich and (fewest := held.sizes[-config.rich :].min()) < batch:
-        raise SettingError(
-            f"clients.rich_batch_factor={config.clients.rich_batch_factor}: a rich client would use {batch} images "
-            f"in a step, and one of them holds only {fewest}"
-        )
-    return Federation(splits, rows, held_out, held)
 
 
 def choose_device(name: str) -> torch.device:
@@ -162,6 +113,69 @@ def train(
         DataError: the images cannot be used.
         RunError: the run folder cannot be used, or training had to stop; what was kept is named.
     """
+    if config.clients.frozen and config.clients.init is None:
+        raise SettingError(
+            "clients.frozen=True: frozen clients need a trained half to start from; name the run that has it by "
+            "clients.init (mocosfl pretrain makes one)"
+        )
+    return _start(config, out, federate, resume, overwrite, callbacks, console)
+
+
+def pretrain(
+    config: Config,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    callbacks: tuple[Callback, ...] = (),
+    console: Console | None = None,
+) -> Result:
+    """Train both halves on the server, so that the client half resists inversion (TAResSFL).
+
+    The same loop as ``train``, with one client, the server itself, which holds ``pretrain.source`` and a share of the
+    clients' images, and learns under ``ressfl``. Start clients from the run by ``clients.init``.
+
+    Args:
+        config: all settings; of those that only concern clients none is used.
+        out, resume, overwrite, callbacks, console: as for ``train``.
+
+    Returns:
+        The result; its folder is described in ``mocosfl.run``.
+
+    Raises:
+        SettingError: the settings do not fit together or with the data.
+        DataError: the images cannot be used.
+        RunError: the run folder cannot be used, or training collapsed or had to stop; what was kept is named.
+    """
+    return _start(config, out, mix, resume, overwrite, (*callbacks, CollapseGuard()), console)
+
+
+def pretraining(config: Config) -> Config:
+    """The settings of the loop that ``pretrain`` runs."""
+    settings = config.pretrain
+    return config.updated(
+        {
+            "clients": ClientSettings(number=1, batch=settings.batch).model_dump(),
+            "sync.every": 0,
+            "contrast.feature_sharing": True,
+            "defence.kind": "ressfl",
+            "pretrain.spare_client": 0,
+            "train.epochs": settings.epochs,
+            "train.lr": settings.lr,
+        }
+    )
+
+
+def _start(
+    config: Config,
+    out: str | Path,
+    gather: Callable[[Config, Callable[[str], None]], Federation],
+    resume: bool,
+    overwrite: bool,
+    callbacks: tuple[Callback, ...],
+    console: Console | None,
+) -> Result:
+    """Gather the images, build the parts, and begin or go on."""
     device = choose_device(config.train.device)
     with joined(device) as world, prepared(device), contextlib.ExitStack() as stack:
         console = Console(quiet=True) if console is None or world.rank > 0 else console
@@ -179,19 +193,21 @@ def train(
                 Run.create(out, config, overwrite)
             stack.enter_context(run.locked())
             run.check_data(_data_facts(federation, parts.encoder))
+            run.write_fingerprints(_seen(config, federation))
 
         world.first(check)
-        federation = world.lead(lambda: federate(config, say))
+        federation = world.lead(lambda: gather(config, say))
+        own = pretraining(config) if isinstance(federation, Mixture) else config
         # what does not fit fails here, before the folder is touched
-        parts = world.lead(lambda: build(config, federation, device, world))
+        parts = world.lead(lambda: build(own, federation, device, world))
         world.first(begin)
-        return _train(run, federation, parts, callbacks, console, say)
+        return _train(own, run, federation, parts, callbacks, console, say)
 
 
 @dataclass(frozen=True)
 class Parts:
     encoder: Encoder
-    cohort: LocalCohort
+    cohort: LocalCohort | FrozenCohort
     server: Server
     device: torch.device
     world: World
@@ -222,15 +238,68 @@ def build(config: Config, federation: Federation, device: torch.device, world: W
     encoder = Encoder(config.model, images.shape[0], images.shape[-1], config.seed)
     encoder.mean.copy_(torch.tensor(mean))
     encoder.std.copy_(torch.tensor(std))
-    encoder.to(device)
     head = build_head(config.model.head, encoder.features, config.seed)
-    sampler = ClientSampler(federation.partition, config.seed)
-    cohort = LocalCohort(encoder.client, config, images, sampler, encoder.mean, encoder.std, device, world)
+    if config.clients.init is not None:
+        _start_from(config, encoder, head)
+    encoder.to(device)
+    sampler, shapes = federation.sampler(config.seed), (encoder.latent_shape, images.shape)
+    kind = FrozenCohort if config.clients.frozen else LocalCohort
+    cohort = kind(
+        encoder.client,
+        config,
+        images,
+        sampler,
+        encoder.mean,
+        encoder.std,
+        device,
+        world,
+        defence_of(config, *shapes, device, world),
+    )
     server = Server(encoder.server, head, config, WIDTHS[config.model.head], device, world)
     return Parts(encoder, cohort, server, device, world)
 
 
+def _start_from(config: Config, encoder: Encoder, head: nn.Module) -> None:
+    """Load the run that ``clients.init`` names into an encoder: client half and normalisation, server half and head.
+
+    Raises:
+        RunError: there is no trained encoder.
+        SettingError: its model is another.
+    """
+    run = Run.open(str(config.clients.init))
+    start = load_encoder(run.path)
+    used = ["backbone", "width", "cut", "bottleneck", "client_norm"]
+    if config.train.init_server:
+        used += ["server_norm", "head"]
+
+    def facts(model: Encoder) -> dict[str, Any]:
+        values = {f"model.{name}": getattr(model.settings, name) for name in used}
+        stem = model.settings.stem or stem_for(model.size)
+        return values | {"model.stem": stem, "size of the images": model.size, "their channels": model.channels}
+
+    ours, theirs = facts(encoder), facts(start)
+    if differ := [
+        f"{name} is {theirs[name]} there and {ours[name]} here" for name in ours if ours[name] != theirs[name]
+    ]:
+        raise SettingError(f"clients.init={config.clients.init}: {'; '.join(differ)}")
+    encoder.client.load_state_dict(start.client.state_dict())
+    encoder.mean.copy_(start.mean)
+    encoder.std.copy_(start.std)
+    if config.train.init_server:
+        encoder.server.load_state_dict(start.server.state_dict())
+        head.load_state_dict(load_head(run.path))
+
+
+def _seen(config: Config, federation: Federation) -> NDArray[np.uint64]:
+    """Fingerprints of the images that the server has seen when the clients start: those of its pre-training."""
+    if isinstance(federation, Mixture):
+        train = federation.splits.train
+        return fingerprints(train.gather(np.arange(len(train))))
+    return np.zeros(0, np.uint64) if config.clients.init is None else Run.open(config.clients.init).fingerprints()
+
+
 def _train(
+    config: Config,
     run: Run,
     federation: Federation,
     parts: Parts,
@@ -239,7 +308,7 @@ def _train(
     say: Callable[[str], None],
 ) -> Result:
     """From the initial state or the latest checkpoint to the end of the run."""
-    config, encoder, cohort, world = run.config, parts.encoder, parts.cohort, parts.world
+    encoder, cohort, world = parts.encoder, parts.cohort, parts.world
     first = world.rank == 0
     log, line = MetricsLog(run), ProgressLine(console)
     monitor = Monitor(log if first else None, _monitor(config, federation, parts))
@@ -247,8 +316,7 @@ def _train(
     if len(federation.held_out):
         built_in.append(monitor)
     built_in += [Checkpoints(run), line] if first else [Checkpoints(run)]
-    images = len(federation.train_rows)
-    trainer = Trainer(config, cohort, parts.server, images, [*built_in, *callbacks], world)
+    trainer = Trainer(config, cohort, parts.server, federation.epoch_images, [*built_in, *callbacks], world)
     if (state := world.first(lambda: run.load_checkpoint(say))) is not None:
         trainer.load_state_dict(state)
         say(f"resuming {run.path} at step {trainer.step} of {trainer.steps}")
@@ -268,9 +336,11 @@ def _train(
             return Result(run.path, encoder, world.first(lambda: metrics), finished=False)
         if first:
             encoder.save(run.path, {"data": config.data.source, "recipe": config.recipe, "steps": trainer.step})
-            draw_curve(list(run.metrics()), run.path / "curve.png", f"{config.recipe}: {config.clients.number} clients")
+            save_weights(parts.server.head, run.path / "head.safetensors")
+            what = "pre-training" if isinstance(federation, Mixture) else f"{config.clients.number} clients"
+            draw_curve(list(run.metrics()), run.path / "curve.png", f"{config.recipe}: {what}")
         began = time.monotonic()
-        metrics |= _evaluate(config, federation.splits, encoder, say, world)
+        metrics |= _evaluate(config, federation.scored, encoder, say, world)
         metrics["evaluation_seconds"] = round(time.monotonic() - began, 1)
         cuda = parts.device.type == "cuda"
         metrics["device"] = torch.cuda.get_device_name(parts.device) if cuda else platform.machine()
@@ -294,7 +364,8 @@ def _data_facts(federation: Federation, encoder: Encoder) -> dict[str, Any]:
     held = federation.partition
     digest = hashlib.sha256(held.rows.tobytes() + held.offsets.tobytes())
     mean, std = encoder.mean.tolist(), encoder.std.tolist()
-    return {"images": len(held.rows), "mean": mean, "std": std, "partition_sha256": digest.hexdigest()}
+    facts = {"images": len(held.rows), "mean": mean, "std": std, "partition_sha256": digest.hexdigest()}
+    return facts | ({"kind": "pretrain"} if isinstance(federation, Mixture) else {})
 
 
 @contextlib.contextmanager
@@ -443,6 +514,14 @@ def _knn(
 def _describe(config: Config, federation: Federation, encoder: Encoder, trainer: Trainer) -> str:
     """What is about to run, in three lines."""
     model, sizes = config.model, federation.partition.sizes
+    if isinstance(federation, Mixture):
+        return (
+            f"images:  {' and '.join(map(str, sizes))} of {_sources(config)}, in equal parts of a batch; "
+            f"none of client {federation.spare_client}\n"
+            f"server:  {model.backbone} of width {model.width} cut after {model.cut}, latents "
+            f"{'x'.join(map(str, encoder.latent_shape))}, {trainer.steps} steps of {config.step_images} images on "
+            f"{trainer.server.device}"
+        )
     kind = {
         "iid": "IID",
         "classes": f"{config.partition.classes_per_client} classes each",
@@ -461,6 +540,11 @@ def _describe(config: Config, federation: Federation, encoder: Encoder, trainer:
         f"server:  {model.backbone} of width {model.width} cut after {model.cut}, {trainer.steps} steps of "
         f"{config.step_images} images on {trainer.server.device}"
     )
+
+
+def _sources(config: Config) -> str:
+    named = [config.pretrain.source] if config.pretrain.source else []
+    return " and ".join(named + [f"the clients' {config.data.source}"] * (config.pretrain.target_share > 0))
 
 
 @contextlib.contextmanager

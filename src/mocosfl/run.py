@@ -8,8 +8,11 @@
     tensorboard/         the same for TensorBoard
     checkpoints/         the last two, everything needed to go on
     encoder.safetensors  the trained encoder's weights; encoder.json says how to rebuild it
+    head.safetensors     the projection head's weights, for a run that goes on from this one
+    seen.npy             fingerprints of the images that the server saw before the clients started
     curve.png            loss, contrast accuracy and kNN over the run
     result.json          the figures at the end; evaluation.json those of `mocosfl evaluate`
+    privacy.json         what `mocosfl attack` found; reconstructions.png shows it
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mocosfl.config import Config
 from mocosfl.errors import RunError
@@ -43,9 +48,13 @@ FILES = (
     "checkpoints",
     "encoder.safetensors",
     "encoder.json",
+    "head.safetensors",
+    "seen.npy",
     "curve.png",
     "result.json",
     "evaluation.json",
+    "privacy.json",
+    "reconstructions.png",
     ".lock",
 )
 """What a run writes."""
@@ -170,13 +179,24 @@ class Run:
         Raises:
             RunError: they are not.
         """
-        known = self.path / "data.json"
-        if known.exists() and json.loads(known.read_text()) != facts:
+        known = self.read_json("data.json") or facts
+        if known.get("kind") != facts.get("kind"):
+            raise RunError(f"{self.path} is a run of `mocosfl {known.get('kind', 'train')}`; resume it with that")
+        if known != facts:
             raise RunError(
                 f"data.source={self.config.data.source}: the images are no longer those that {self.path} began "
                 "with; start a new run with --out"
             )
         self.write_json("data.json", facts)
+
+    def write_fingerprints(self, numbers: NDArray[np.uint64]) -> None:
+        """Keep the fingerprints of images that the server has seen."""
+        write_atomically(self.path / "seen.npy", lambda file: np.save(file, numbers))
+
+    def fingerprints(self) -> NDArray[np.uint64]:
+        """Of the images that the server saw before the clients started; none where it saw none."""
+        path = self.path / "seen.npy"
+        return np.load(path) if path.exists() else np.zeros(0, np.uint64)
 
     def write(self, name: str, text: str) -> None:
         """Write a text file of the run atomically."""
@@ -185,6 +205,16 @@ class Run:
     def write_json(self, name: str, values: dict[str, Any]) -> None:
         """Write a JSON file of the run atomically."""
         self.write(name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """Read a JSON file of the run; None if it is not there."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.exists() else None
+
+    @property
+    def pretraining(self) -> bool:
+        """Whether this is a run of `mocosfl pretrain`."""
+        return (self.read_json("data.json") or {}).get("kind") == "pretrain"
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl, in a single write."""

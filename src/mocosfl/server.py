@@ -44,6 +44,7 @@ class Server:
         world: World | None = None,
     ) -> None:
         self.config, self.device, self.world = config, device, world or World()
+        self.head = head
         self.online = nn.Sequential(half, head).to(device).train()
         if self.world.size > 1:
             share_statistics(self.online, self.world)
@@ -63,7 +64,7 @@ class Server:
         self._online, self._momentum = compiled(self.online, config), compiled(self.momentum, config)
         self._loss = compiled(_loss, config)
 
-    def step(self, latents: Latents, lr: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def step(self, latents: Latents, lr: float) -> tuple[Tensor | None, dict[str, Tensor]]:
         """One step on the concatenated latents of all clients.
 
         Args:
@@ -71,12 +72,13 @@ class Server:
             lr: learning rate of the server half.
 
         Returns:
-            The gradient at the query latents, of their shape, in the scale of ``clients.lr_scale``; and the
-            metrics ``loss`` and ``contrast_accuracy`` (share of positives that beat the whole queue) as tensors
-            that nobody has waited for.
+            The gradient at the query latents, of their shape, in the scale of ``clients.lr_scale``, or None where no
+            client learns; and the metrics ``loss``, ``contrast_accuracy`` (share of positives that beat the whole
+            queue) and ``spread`` (variance of the normalised queries, from 0, all alike, to 1) as tensors that nobody
+            has waited for.
         """
         contrast, world, total = self.config.contrast, self.world, sum(latents.shares)
-        query = latents.query.requires_grad_()  # (V, n, ...)
+        query = latents.query.requires_grad_(latents.learning)  # (V, n, ...)
         into_online, into_momentum = query, latents.key
         if contrast.symmetric and not contrast.both_views:  # the other way round: no client learns from that one
             into_online = torch.cat([query, latents.key])
@@ -94,13 +96,13 @@ class Server:
             full = torch.promote_types(q.dtype, torch.float32)
             q, k = (x.to(full).unflatten(0, (len(into_online), -1)) for x in (q, k))  # (ways, n, D)
             negatives = self.queue.keys[0] if rings is None else self.queue.keys[rings]
-            losses, hits, k = self._loss(q, k, negatives, contrast.temperature)
+            losses, hits, q_sum, k = self._loss(q, k, negatives, contrast.temperature)
             loss = losses.sum() / total  # over the concatenated batch of all processes
         with record_function("server: backward"):
             self.optimizer.zero_grad()
             loss.backward()
         metrics = torch.stack([loss.detach(), hits.sum().to(loss.dtype) / (len(q) * total)])
-        world.add([*(p.grad for p in self.online.parameters() if p.grad is not None), metrics])
+        world.add([*(p.grad for p in self.online.parameters() if p.grad is not None), metrics, q_sum])
         with record_function("server: optimizer"):
             self.optimizer.param_groups[0]["lr"] = lr
             self.optimizer.step()
@@ -112,14 +114,16 @@ class Server:
             pieces = 1 if rings is None else len(rings)
             self.queue.push(k.unflatten(1, (pieces, -1)).transpose(0, 1).flatten(1, 2), rings)
 
-        gradients = query.grad
-        assert gradients is not None
+        spread = 1 - (q_sum / (len(q) * total)).square().sum()
+        values = {"loss": metrics[0], "contrast_accuracy": metrics[1], "spread": spread}
+        if (gradients := query.grad) is None:
+            return None, values
         if self.config.clients.lr_scale == "per_client_mean":
             times = np.repeat(total / latents.sizes, latents.sizes)  # (n,)
             double = gradients.dtype == torch.float64
             scale = upload(times.astype(np.float64 if double else np.float32), self.device)
             gradients = gradients * scale.view(-1, *[1] * (gradients.ndim - 2))
-        return gradients, {"loss": metrics[0], "contrast_accuracy": metrics[1]}
+        return gradients, values
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs."""
@@ -141,8 +145,12 @@ class Server:
                 kept["momentum_buffer"] = torch.empty_like(parameter).copy_(buffer).detach()
 
 
-def _loss(q: Tensor, k: Tensor, negatives: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """InfoNCE of every way: (ways, n, D) twice to losses and hits, (ways, n), and normalised keys, (ways, n, D)."""
+def _loss(q: Tensor, k: Tensor, negatives: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """InfoNCE of every way.
+
+    (ways, n, D) twice to losses and hits, (ways, n), the sum of normalised queries, (D,), and normalised keys,
+    (ways, n, D).
+    """
     q, k = F.normalize(q, dim=2), F.normalize(k, dim=2)
     losses, hits = zip(*(infonce(*pair, negatives, temperature) for pair in zip(q, k, strict=True)), strict=True)
-    return torch.stack(losses), torch.stack(hits), k
+    return torch.stack(losses), torch.stack(hits), q.detach().sum(dim=(0, 1)), k

@@ -92,10 +92,11 @@ class Trainer:
 
             latents = self.cohort.forward()
             gradients, metrics = self.server.step(latents, server_lr)
-            self.cohort.backward(gradients, client_lr)
+            if gradients is not None:
+                metrics |= self.cohort.backward(gradients, client_lr)
 
             self.step += 1
-            if self._at_sync_point(sampled):
+            if not self.config.clients.frozen and self._at_sync_point(sampled):
                 self.cohort.synchronise()
             self._watch(metrics["loss"])
             for callback in self.callbacks:

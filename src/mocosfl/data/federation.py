@@ -1,0 +1,87 @@
+"""The images of a run and who holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mocosfl.config import Config
+from mocosfl.data.partition import Partition, partition
+from mocosfl.data.sampler import ClientSampler
+from mocosfl.data.sources import Splits, balanced, load
+from mocosfl.errors import SettingError
+from mocosfl.randomness import stream
+
+
+@dataclass(frozen=True)
+class Federation:
+    """The images of a run and who holds them.
+
+    Attributes:
+        splits: training and test images.
+        train_rows: (n,) int64, rows of the training split that clients hold.
+        held_out: (m,) int64, rows that no client holds; the monitor's queries.
+        partition: which client holds which of ``train_rows``.
+    """
+
+    splits: Splits
+    train_rows: NDArray[np.int64]
+    held_out: NDArray[np.int64]
+    partition: Partition
+
+    @property
+    def epoch_images(self) -> int:
+        """Images of one epoch."""
+        return len(self.train_rows)
+
+    @property
+    def scored(self) -> Splits:
+        """The images that the trained encoder is evaluated on."""
+        return self.splits
+
+    def sampler(self, seed: int) -> ClientSampler:
+        """Draws each client's images."""
+        return ClientSampler(self.partition, seed)
+
+
+def federate(config: Config, say: Callable[[str], None]) -> Federation:
+    """Load the images, set the held-out slice aside, and spread the rest over the clients.
+
+    Raises:
+        SettingError, DataError: the source or the partition is not possible.
+    """
+    splits = load(config.data, config.seed, say)
+    labels = splits.train.labels
+    if labels is None:
+        say("data: the images have no labels; the kNN monitor is skipped")
+    rows, held_out = set_aside(config.data.held_out, np.arange(len(splits.train)), labels, config.seed)
+    classes = len(splits.train.classes) if splits.train.classes is not None else None
+    held = partition(
+        config.partition,
+        config.clients.number,
+        rows,
+        None if labels is None else labels[rows],
+        classes,
+        config.seed,
+        config.clients.batch,
+    )
+    batch = config.clients.batch * config.clients.rich_batch_factor
+    if config.rich and (fewest := held.sizes[-config.rich :].min()) < batch:
+        raise SettingError(
+            f"clients.rich_batch_factor={config.clients.rich_batch_factor}: a rich client would use {batch} images "
+            f"in a step, and one of them holds only {fewest}"
+        )
+    return Federation(splits, rows, held_out, held)
+
+
+def set_aside(
+    share: float, rows: NDArray[np.int64], labels: NDArray[np.int64] | None, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Divide rows into those to train on and the monitor's queries, a share of them; none without labels."""
+    if labels is None or share == 0:
+        return rows, rows[:0]
+    aside = balanced(rows, labels, round(share * len(rows)), np.random.default_rng(stream(seed, "held out")))
+    return np.setdiff1d(rows, aside), aside
