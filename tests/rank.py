@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mocosfl.clients import LocalCohort
+from mocosfl.clients import FrozenCohort, LocalCohort
 from mocosfl.config import Config
 from mocosfl.data.images import ImageSet
 from mocosfl.data.partition import partition
@@ -21,6 +21,7 @@ from mocosfl.data.sampler import ClientSampler
 from mocosfl.distributed import World, joined
 from mocosfl.models import build, build_head
 from mocosfl.models.heads import WIDTHS
+from mocosfl.privacy.defences import ResSFL, defence_of
 from mocosfl.server import Server
 from mocosfl.trainer import Callback, Trainer
 
@@ -61,7 +62,11 @@ def train(changes: dict, steps: int, world: World, state: dict | None = None) ->
     for module in (model.client, server.online, server.momentum, server.queue):
         module.double()
     sampler = ClientSampler(held, config.seed)
-    cohort = LocalCohort(model.client, config, ImageSet(pixels), sampler, MEAN, STD, CPU, world)
+    defence = defence_of(config, model.latent_shape, pixels.shape[1:], CPU, world)
+    if isinstance(defence, ResSFL):
+        defence.decoder.double()
+    kind = FrozenCohort if config.clients.frozen else LocalCohort
+    cohort = kind(model.client, config, ImageSet(pixels), sampler, MEAN, STD, CPU, world, defence)
     log = Log(steps)
     trainer = Trainer(config, cohort, server, IMAGES, [log], world)
     if state is not None:

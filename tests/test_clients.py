@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from mocosfl.clients import LocalCohort
+from mocosfl.clients import FrozenCohort, LocalCohort
 from mocosfl.config import Config
 from mocosfl.data.images import ImageSet
 from mocosfl.data.partition import Partition
 from mocosfl.data.sampler import ClientSampler, pool_of_round
 from mocosfl.models import build
+from mocosfl.models.heads import WIDTHS, build_head
+from mocosfl.server import Server
+from mocosfl.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from naive import NaiveCohort
@@ -164,6 +167,56 @@ def test_memory_is_for_the_pool_alone_where_clients_keep_nothing() -> None:
     full, _ = cohorts(settings(**kept))
     assert set(full.bank) == {"velocity", "momentum"}
     assert all(len(t) == number for stack in full.bank.values() for t in stack.values())
+
+
+def frozen(config: Config) -> FrozenCohort:
+    """With the same half and images as the cohorts above."""
+    local, _ = cohorts(config)
+    half = build(config.model, 3, 8, config.seed).client
+    return FrozenCohort(half, config, local.views.images, local.sampler, local.mean, local.std, CPU)
+
+
+@pytest.mark.parametrize("changes", [{}, {"clients.pool": 3}, {"model.client_norm": "group", "model.cut": 3}], ids=str)
+def test_frozen_clients_send_what_clients_that_have_not_learned_do(changes: dict) -> None:
+    config = settings(**changes)
+    local, _ = cohorts(config)
+    still = frozen(config)
+    for _ in range(3):
+        ours, theirs = local.forward(), still.forward()
+        torch.testing.assert_close(ours.query, theirs.query, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(ours.key, theirs.key, atol=2e-5, rtol=1e-4)
+        assert np.array_equal(ours.clients, theirs.clients)
+        assert ours.learning
+        assert not theirs.learning
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_frozen_clients_receive_nothing_and_never_change(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(
+        **{"clients.frozen": True, "model.head": "v1", "contrast.queue": 30, "contrast.symmetric": symmetric},
+        **{"train.epochs": 3, "sync.every": 1, "clients.pool": 3, "clients.round": 2},
+    )
+    cohort = frozen(config)
+    received: list[str] = []
+    for name in ("backward", "synchronise", "load_state_dict"):
+        monkeypatch.setattr(cohort, name, lambda *_, name=name: received.append(name))
+    model = build(config.model, 3, 8, config.seed)
+    server = Server(model.server, build_head("v1", model.features, 0), config, WIDTHS["v1"], CPU)
+    start = copy.deepcopy(server.online.state_dict())
+    before = {name: tensor.clone() for name, tensor in cohort.average().items()}
+    trainer = Trainer(config, cohort, server, sum(SIZES))
+    trainer.run()
+    assert trainer.step == trainer.steps > 10
+    assert not received
+    assert all(torch.equal(tensor, before[name]) for name, tensor in cohort.average().items())
+    assert any(not torch.equal(tensor, start[name]) for name, tensor in server.online.state_dict().items())
+
+
+def test_frozen_clients_go_on_where_they_were() -> None:
+    first, second = frozen(settings()), frozen(settings())
+    first.forward()
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert torch.equal(first.forward().query, second.forward().query)
 
 
 def test_backward_needs_a_forward() -> None:

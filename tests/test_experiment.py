@@ -125,6 +125,7 @@ def test_the_run_folder(tmp_path: Path) -> None:
         "checkpoints",
         "encoder.safetensors",
         "encoder.json",
+        "head.safetensors",
         "curve.png",
         "result.json",
     }

@@ -363,7 +363,7 @@ class AttackSettings(Settings):
     """Residual blocks of the stronger decoders."""
     strong_channels: Annotated[int, Field(ge=4, multiple_of=4)] = 96
     """Channels of the stronger decoders."""
-    strong_steps: Count = 2000
+    strong_steps: Count = 400
     """Training steps of the stronger decoders, of 64 images each."""
     auxiliary: str | None = None
     """Images of a server that has none of the clients', as data.source. Unset: pretrain.source; without one, cifar100,

@@ -516,8 +516,7 @@ def _describe(config: Config, federation: Federation, encoder: Encoder, trainer:
     model, sizes = config.model, federation.partition.sizes
     if isinstance(federation, Mixture):
         return (
-            f"images:  {' and '.join(map(str, sizes))} of {_sources(config)}, in equal parts of a batch; "
-            f"none of client {federation.spare_client}\n"
+            f"images:  {_sources(config, sizes)}; none of client {federation.spare_client}\n"
             f"server:  {model.backbone} of width {model.width} cut after {model.cut}, latents "
             f"{'x'.join(map(str, encoder.latent_shape))}, {trainer.steps} steps of {config.step_images} images on "
             f"{trainer.server.device}"
@@ -542,9 +541,11 @@ def _describe(config: Config, federation: Federation, encoder: Encoder, trainer:
     )
 
 
-def _sources(config: Config) -> str:
+def _sources(config: Config, sizes: NDArray[np.int64]) -> str:
     named = [config.pretrain.source] if config.pretrain.source else []
-    return " and ".join(named + [f"the clients' {config.data.source}"] * (config.pretrain.target_share > 0))
+    named += [f"the clients' {config.data.source}"] * (config.pretrain.target_share > 0)
+    pieces = [f"{size} of {name}" for size, name in zip(sizes, named, strict=True)]
+    return " and ".join(pieces) + ", half and half in a batch" * (len(pieces) == 2)
 
 
 @contextlib.contextmanager

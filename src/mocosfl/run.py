@@ -190,8 +190,9 @@ class Run:
         self.write_json("data.json", facts)
 
     def write_fingerprints(self, numbers: NDArray[np.uint64]) -> None:
-        """Keep the fingerprints of images that the server has seen."""
-        write_atomically(self.path / "seen.npy", lambda file: np.save(file, numbers))
+        """Keep the fingerprints of images that the server has seen, if any."""
+        if len(numbers):
+            write_atomically(self.path / "seen.npy", lambda file: np.save(file, numbers))
 
     def fingerprints(self) -> NDArray[np.uint64]:
         """Of the images that the server saw before the clients started; none where it saw none."""
