@@ -48,6 +48,15 @@ def test_the_papers_settings(name: str, classes: int, pool: int, cut: int) -> No
     assert config.train.epochs == 200
 
 
+@pytest.mark.parametrize("cut", [1, 3])
+def test_taressfl(cut: int) -> None:
+    config = recipe(f"taressfl-cut{cut}")
+    assert (config.model.width, config.model.cut, config.model.bottleneck) == (64, cut, "C4S2")
+    assert (config.clients.number, config.clients.frozen, config.train.lr) == (100, True, 0.001)
+    assert (config.pretrain.source, config.pretrain.batch, config.pretrain.epochs) == ("cifar100", 256, 200)
+    assert (config.ressfl.weight, config.ressfl.blocks, config.ressfl.channels, config.ressfl.lr) == (2, 4, 64, 1e-3)
+
+
 def test_iid_recipes() -> None:
     assert recipe("cifar10-iid-100").partition.kind == "iid"
 
