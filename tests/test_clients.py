@@ -10,6 +10,7 @@ import torch
 
 from mocosfl.clients import FrozenCohort, LocalCohort
 from mocosfl.config import Config
+from mocosfl.data.augment import normalise
 from mocosfl.data.images import ImageSet
 from mocosfl.data.partition import Partition
 from mocosfl.data.sampler import ClientSampler, pool_of_round
@@ -176,7 +177,21 @@ def frozen(config: Config) -> FrozenCohort:
     return FrozenCohort(half, config, local.views.images, local.sampler, local.mean, local.std, CPU)
 
 
-@pytest.mark.parametrize("changes", [{}, {"clients.pool": 3}, {"model.client_norm": "group", "model.cut": 3}], ids=str)
+def test_frozen_clients_use_the_statistics_that_their_half_came_with() -> None:
+    """BatchNorm at a batch of 1: what is sent of an image does not depend on the others."""
+    config = settings(**{"clients.frozen": True, "model.client_norm": "batch", "clients.batch": 1, "model.cut": 3})
+    cohort = frozen(config)
+    for module in cohort.half.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+    views = normalise(frozen(config).views.draw(cohort.pool), cohort.mean, cohort.std)
+    sent = cohort.forward()
+    for place in range(len(SIZES)):
+        alone = cohort.half(views[0, place : place + 1])
+        torch.testing.assert_close(sent.query[0, place], alone[0])
+
+
+@pytest.mark.parametrize("changes", [{}, {"clients.pool": 3}, {"model.cut": 3}], ids=str)
 def test_frozen_clients_send_what_clients_that_have_not_learned_do(changes: dict) -> None:
     config = settings(**changes)
     local, _ = cohorts(config)

@@ -158,7 +158,7 @@ class CollapseGuard(Callback):
             raise RunError(
                 f"training has collapsed at step {trainer.step}: the features' variance is {spread:.2g} (healthy: "
                 f"0.2 and more), contrast accuracy {accuracy:.2%}, loss {loss:.3f}; lower ressfl.weight or "
-                "ressfl.clip, or raise ressfl.ssim_target or ressfl.warmup"
+                "the learning rate, set ressfl.clip, or raise ressfl.ssim_target or ressfl.warmup, and start anew"
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -158,6 +158,10 @@ def _attack(args: Sequence[str]) -> int:
     if given.run is None:
         rows = compare(given.compare)
         console.print(privacy.comparison(rows))
+        if any(row["audit"] != rows[0]["audit"] for row in rows):
+            console.print(
+                "note: the runs were not attacked with the same settings, or not as many images; see privacy.json"
+            )
         given.out.parent.mkdir(parents=True, exist_ok=True)
         privacy.draw_comparison(rows, given.out)
         console.print(f"picture: {given.out}", highlight=False, soft_wrap=True)

@@ -268,7 +268,7 @@ class LocalCohort:
         """Back-propagate each client's piece through its half; one SGD step each."""
         if self._query is None or self._seen is None:
             raise RuntimeError("backward needs a forward before it")
-        with record_function("clients: defence"), autocast(self.device, self.config):
+        with record_function("clients: defence"):
             flat = [t.flatten(0, 1) for t in (self._query.detach(), self._seen, gradients)]
             extra = self.defence.gradient(flat[0], flat[1], self._weights(len(self._query)), flat[2])
         with record_function("clients: backward"):

@@ -345,8 +345,6 @@ class EvaluationSettings(Settings):
 class AttackSettings(Settings):
     """What `mocosfl attack` does. They are no part of a run: the same run can be attacked in many ways."""
 
-    group = "attack"
-
     client: Annotated[int, Field(ge=0)] | None = None
     """Client whose images are attacked. Unset: the one that pre-training spared (pretrain.spare_client)."""
     images: Count = 128
@@ -405,7 +403,7 @@ class Config(Settings):
         clients, contrast, model = self.clients, self.contrast, self.model
         if clients.pool is not None and clients.pool > clients.number:
             raise ValueError(f"clients.pool={clients.pool}: there are {clients.number} clients (clients.number)")
-        if model.client_norm == "batch" and clients.batch == 1:
+        if model.client_norm == "batch" and clients.batch == 1 and not clients.frozen:
             raise ValueError(
                 "model.client_norm=batch: BatchNorm has nothing to average over at clients.batch=1; "
                 "use model.client_norm=group or a larger batch"

@@ -113,12 +113,12 @@ def train(
         DataError: the images cannot be used.
         RunError: the run folder cannot be used, or training had to stop; what was kept is named.
     """
-    if config.clients.frozen and config.clients.init is None:
+    if config.clients.frozen and config.clients.init is None and not resume:
         raise SettingError(
             "clients.frozen=True: frozen clients need a trained half to start from; name the run that has it by "
             "clients.init (mocosfl pretrain makes one)"
         )
-    return _start(config, out, federate, resume, overwrite, callbacks, console)
+    return _start("train", config, out, federate, resume, overwrite, callbacks, console)
 
 
 def pretrain(
@@ -147,7 +147,7 @@ def pretrain(
         DataError: the images cannot be used.
         RunError: the run folder cannot be used, or training collapsed or had to stop; what was kept is named.
     """
-    return _start(config, out, mix, resume, overwrite, (*callbacks, CollapseGuard()), console)
+    return _start("pretrain", config, out, mix, resume, overwrite, callbacks, console)
 
 
 def pretraining(config: Config) -> Config:
@@ -167,6 +167,7 @@ def pretraining(config: Config) -> Config:
 
 
 def _start(
+    command: str,
     config: Config,
     out: str | Path,
     gather: Callable[[Config, Callable[[str], None]], Federation],
@@ -183,8 +184,10 @@ def _start(
         run = Run(Path(world.first(lambda: str(out))), config)
 
         def check() -> None:
+            if command == "pretrain" and world.size > 1:
+                raise SettingError(f"mocosfl pretrain is for one process; torchrun has started {world.size}")
             if resume:
-                Run.open(out).check_resumable(config)
+                Run.open(out).check_resumable(config, command)
             else:
                 Run.check_free(out, overwrite)
 
@@ -192,16 +195,17 @@ def _start(
             if not resume:
                 Run.create(out, config, overwrite)
             stack.enter_context(run.locked())
-            run.check_data(_data_facts(federation, parts.encoder))
-            run.write_fingerprints(_seen(config, federation))
+            run.check_data(_data_facts(command, config, federation, parts))
+            run.write_fingerprints(_seen(config, federation) if not resume else run.fingerprints())
 
         world.first(check)
         federation = world.lead(lambda: gather(config, say))
         own = pretraining(config) if isinstance(federation, Mixture) else config
+        started = run.data_facts() if resume and run.latest_step is not None else None
         # what does not fit fails here, before the folder is touched
-        parts = world.lead(lambda: build(own, federation, device, world))
+        parts = world.lead(lambda: build(own, federation, device, world, started))
         world.first(begin)
-        return _train(own, run, federation, parts, callbacks, console, say)
+        return _train(command, own, run, federation, parts, callbacks, console, say)
 
 
 @dataclass(frozen=True)
@@ -211,9 +215,17 @@ class Parts:
     server: Server
     device: torch.device
     world: World
+    statistics: tuple[list[float], list[float]]
+    """Mean and standard deviation of the training images' channels."""
 
 
-def build(config: Config, federation: Federation, device: torch.device, world: World | None = None) -> Parts:
+def build(
+    config: Config,
+    federation: Federation,
+    device: torch.device,
+    world: World | None = None,
+    facts: dict[str, Any] | None = None,
+) -> Parts:
     """Models, clients and server in their initial state.
 
     Args:
@@ -221,9 +233,11 @@ def build(config: Config, federation: Federation, device: torch.device, world: W
         federation: the images and who holds them.
         device: where to compute.
         world: the processes of the run. Unset: this one alone.
+        facts: of data.json, for a run that goes on: its checkpoint holds what ``clients.init`` gave it.
 
     Raises:
-        SettingError: the model does not fit the images.
+        SettingError: the model does not fit the images, or the run that ``clients.init`` names.
+        RunError: that run cannot be read.
     """
     world = world or World()
     if config.pool < world.size:
@@ -236,10 +250,11 @@ def build(config: Config, federation: Federation, device: torch.device, world: W
     images = federation.splits.train.to(device)
     mean, std = channel_statistics(images, federation.train_rows)
     encoder = Encoder(config.model, images.shape[0], images.shape[-1], config.seed)
-    encoder.mean.copy_(torch.tensor(mean))
-    encoder.std.copy_(torch.tensor(std))
+    of_input = (mean, std) if not facts or "input" not in facts else facts["input"]
+    for buffer, numbers in zip((encoder.mean, encoder.std), of_input, strict=True):
+        buffer.copy_(torch.tensor(numbers))
     head = build_head(config.model.head, encoder.features, config.seed)
-    if config.clients.init is not None:
+    if config.clients.init is not None and not facts:
         _start_from(config, encoder, head)
     encoder.to(device)
     sampler, shapes = federation.sampler(config.seed), (encoder.latent_shape, images.shape)
@@ -256,7 +271,7 @@ def build(config: Config, federation: Federation, device: torch.device, world: W
         defence_of(config, *shapes, device, world),
     )
     server = Server(encoder.server, head, config, WIDTHS[config.model.head], device, world)
-    return Parts(encoder, cohort, server, device, world)
+    return Parts(encoder, cohort, server, device, world, (list(mean), list(std)))
 
 
 def _start_from(config: Config, encoder: Encoder, head: nn.Module) -> None:
@@ -294,11 +309,12 @@ def _seen(config: Config, federation: Federation) -> NDArray[np.uint64]:
     """Fingerprints of the images that the server has seen when the clients start: those of its pre-training."""
     if isinstance(federation, Mixture):
         train = federation.splits.train
-        return fingerprints(train.gather(np.arange(len(train))))
+        return fingerprints(train, np.arange(len(train)))
     return np.zeros(0, np.uint64) if config.clients.init is None else Run.open(config.clients.init).fingerprints()
 
 
 def _train(
+    command: str,
     config: Config,
     run: Run,
     federation: Federation,
@@ -315,6 +331,8 @@ def _train(
     built_in: list[Callback] = [log] if first else []
     if len(federation.held_out):
         built_in.append(monitor)
+    if command == "pretrain":
+        built_in.append(CollapseGuard())  # before a checkpoint is written
     built_in += [Checkpoints(run), line] if first else [Checkpoints(run)]
     trainer = Trainer(config, cohort, parts.server, federation.epoch_images, [*built_in, *callbacks], world)
     if (state := world.first(lambda: run.load_checkpoint(say))) is not None:
@@ -354,18 +372,22 @@ def _train(
     except (RunError, OSError) as error:
         kept = run.latest_step
         safe = "no checkpoint has been written" if kept is None else f"the checkpoint of step {kept} is safe"
-        hint = "" if world.size == 1 or kept is None else f"; go on with: mocosfl train --resume {run.path}"
+        hint = "" if world.size == 1 or kept is None else f"; go on with: mocosfl {command} --resume {run.path}"
         raise RunError(f"{error}; {safe} in {run.path}{hint}") from error
     return Result(run.path, encoder, metrics, finished=True)
 
 
-def _data_facts(federation: Federation, encoder: Encoder) -> dict[str, Any]:
+def _data_facts(command: str, config: Config, federation: Federation, parts: Parts) -> dict[str, Any]:
     """What tells these images, and who holds them, from others."""
     held = federation.partition
     digest = hashlib.sha256(held.rows.tobytes() + held.offsets.tobytes())
-    mean, std = encoder.mean.tolist(), encoder.std.tolist()
-    facts = {"images": len(held.rows), "mean": mean, "std": std, "partition_sha256": digest.hexdigest()}
-    return facts | ({"kind": "pretrain"} if isinstance(federation, Mixture) else {})
+    mean, std = (torch.tensor(numbers).tolist() for numbers in parts.statistics)  # in float32
+    facts: dict[str, Any] = {"images": len(held.rows), "mean": mean, "std": std, "partition_sha256": digest.hexdigest()}
+    if command == "pretrain":
+        facts["kind"] = command
+    if config.clients.init is not None:  # what the clients' half takes its input to be
+        facts["input"] = [parts.encoder.mean.tolist(), parts.encoder.std.tolist()]
+    return facts
 
 
 @contextlib.contextmanager

@@ -129,7 +129,7 @@ class Run:
             )
         if "config.yaml" in names and not overwrite:
             raise RunError(
-                f"{path} already holds a run; continue it with `mocosfl train --resume {path}`, "
+                f"{path} already holds a run; continue it with --resume {path}, "
                 "replace it with --overwrite, or choose another folder with --out"
             )
         parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
@@ -158,12 +158,14 @@ class Run:
             raise RunError(f"{path} is not a run: it has no config.yaml")
         return cls(path, Config.from_yaml(path / "config.yaml"))
 
-    def check_resumable(self, config: Config) -> None:
+    def check_resumable(self, config: Config, command: str = "train") -> None:
         """Make sure that going on with ``config`` continues this run.
 
         Raises:
-            RunError: names the settings that differ.
+            RunError: names the settings that differ, or the command that the run is of.
         """
+        if self.command != command:
+            raise RunError(f"{self.path} is a run of `mocosfl {self.command}`; resume it with that")
         ours, theirs = (_flat(c.model_dump(mode="json")) for c in (self.config, config))
         differ = [name for name in ours if ours[name] != theirs[name] and name not in RESUMABLE]
         if differ:
@@ -179,10 +181,7 @@ class Run:
         Raises:
             RunError: they are not.
         """
-        known = self.read_json("data.json") or facts
-        if known.get("kind") != facts.get("kind"):
-            raise RunError(f"{self.path} is a run of `mocosfl {known.get('kind', 'train')}`; resume it with that")
-        if known != facts:
+        if self.data_facts() not in (None, facts):
             raise RunError(
                 f"data.source={self.config.data.source}: the images are no longer those that {self.path} began "
                 "with; start a new run with --out"
@@ -212,10 +211,14 @@ class Run:
         path = self.path / name
         return json.loads(path.read_text()) if path.exists() else None
 
+    def data_facts(self) -> dict[str, Any] | None:
+        """What ``check_data`` noted; None before."""
+        return self.read_json("data.json")
+
     @property
-    def pretraining(self) -> bool:
-        """Whether this is a run of `mocosfl pretrain`."""
-        return (self.read_json("data.json") or {}).get("kind") == "pretrain"
+    def command(self) -> str:
+        """The command that makes and resumes this run: train or pretrain."""
+        return (self.data_facts() or {}).get("kind", "train")
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl, in a single write."""

@@ -1,6 +1,7 @@
 """From pre-training to the audit, as a user calls them, on handwritten digits and pieces of photographs."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,9 @@ from PIL import Image
 from mocosfl.cli import main
 from mocosfl.config import AttackSettings, Config
 from mocosfl.data.federation import federate
-from mocosfl.errors import RunError, SettingError
+from mocosfl.errors import DataError, RunError, SettingError
 from mocosfl.experiment import pretrain, train
-from mocosfl.privacy.audit import audit, compare
+from mocosfl.privacy.audit import _images, audit, compare
 from mocosfl.privacy.mixture import fingerprints
 from mocosfl.run import Run
 
@@ -116,7 +117,8 @@ def test_the_audit_spares_nobody(trained: Path, source: str) -> None:
     run = Run.open(trained)
     federation = federate(run.config, silent)
     rows = federation.partition.client(4)[:9]
-    expected = federation.splits.train.gather(rows)
+    train_images = federation.splits.train
+    expected = train_images.gather(rows)
     assert np.array_equal((found.originals * 255).round().byte().numpy(), expected)
     assert list(found.reconstructions) == ["decoder", "strong", "auxiliary", "whitebox", "views"]
     for name, made in found.reconstructions.items():
@@ -129,7 +131,7 @@ def test_the_audit_spares_nobody(trained: Path, source: str) -> None:
     assert found.report["gallery"] == 60
     again = audit(trained, QUICK, CPU, silent)
     assert all(torch.equal(made, again.reconstructions[name]) for name, made in found.reconstructions.items())
-    assert not np.isin(fingerprints(expected), run.fingerprints()).any()
+    assert not np.isin(fingerprints(train_images, rows), run.fingerprints()).any()
 
 
 def test_the_commands(trained: Path, pretrained: Path, tmp_path: Path, capsys, monkeypatch) -> None:
@@ -173,20 +175,57 @@ def test_what_the_audit_refuses(trained: Path, source: str, tmp_path: Path) -> N
     shared = next(
         c
         for c in range(20)
-        if np.isin(fingerprints(federation.splits.train.gather(federation.partition.client(c))), seen).any()
+        if np.isin(fingerprints(federation.splits.train, federation.partition.client(c)), seen).any()
     )
-    message = refused(client=shared, images=1000)
-    assert f"attack.client={shared}: the server has seen" in message
+    message = refused(client=shared)
+    assert f"client={shared}: the server has seen" in message
     assert "attack client 4" in message
-    assert "attack.client=20: the clients are 0 to 19" in refused(client=20)
-    assert "attack.auxiliary=digits" in refused(auxiliary="digits")
-    assert "attack.share=0.0001: that is 0 of" in refused(share=0.0001)
-    assert "attack.strong_share=0.99" in refused(strong_share=0.99)
+    assert "client=20: the clients are 0 to 19" in refused(client=20)
+    assert "auxiliary=digits: 9 of the attacked images are in it" in refused(auxiliary="digits")
+    assert "share=0.0001: that is 0 of" in refused(share=0.0001)
+    assert "strong_share=0.99" in refused(strong_share=0.99)
     (tmp_path / "config.yaml").write_text(run.config.to_yaml())
     with pytest.raises(RunError, match="holds no encoder"):
         audit(tmp_path, QUICK, CPU, silent)
     with pytest.raises(RunError, match="is not a run"):
         audit(tmp_path / "nowhere", QUICK, CPU, silent)
+
+
+def test_attackers_have_no_copy_of_an_attacked_image(source: str) -> None:
+    """Pixels of the attacked client's images are planted with other clients, and in the auxiliary set."""
+    settings = config(source)
+    federation = federate(settings, silent)
+    mine, train_images = federation.partition.client(4), federation.splits.train
+    planted = np.setdiff1d(federation.train_rows, mine)[: len(mine)]
+    train_images.images[planted] = train_images.images[mine]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mocosfl.privacy.audit.federate", lambda *_: federation)
+        sets = _images(settings, AttackSettings(images=1000, strong_share=0.8), np.zeros(0, np.uint64), silent)
+    marks = fingerprints(train_images, sets.attacked)
+    assert sorted(sets.attacked) == sorted(mine)
+    for rows in (sets.small, sets.large, sets.distractors):
+        assert not np.isin(fingerprints(train_images, rows), marks).any()
+    assert not np.isin(sets.distractors, sets.large).any()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mocosfl.privacy.audit.federate", lambda *_: federation)
+        patch.setattr("mocosfl.privacy.audit.load", lambda *_: federation.splits)
+        chosen = AttackSettings(images=1000)
+        sets = _images(settings, chosen, np.zeros(0, np.uint64), silent)  # not asked for: they are left out
+        assert not np.isin(fingerprints(train_images, sets.its_rows), marks).any()
+        with pytest.raises(SettingError, match="attacked images are in it"):
+            _images(settings, chosen.model_copy(update={"auxiliary": "x"}), np.zeros(0, np.uint64), silent)
+
+
+def test_without_auxiliary_images_the_other_attacks_are_made(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    settings = Run.open(trained).config.updated({"pretrain.source": "/gone"})
+    (tmp_path / "run/config.yaml").write_text(settings.to_yaml())
+    said: list[str] = []
+    report = audit(tmp_path / "run", QUICK, CPU, said.append).report
+    assert list(report["attacks"]) == ["decoder", "strong", "whitebox", "views"]
+    assert any("/gone cannot be had" in line for line in said)
+    with pytest.raises(DataError, match="auxiliary=/nowhere/x: there is no such file"):
+        audit(tmp_path / "run", QUICK.model_copy(update={"auxiliary": "/nowhere/x"}), CPU, silent)
 
 
 def test_a_start_that_does_not_fit(pretrained: Path, source: str, tmp_path: Path) -> None:
@@ -228,21 +267,52 @@ def test_pretraining_resumes_as_if_never_stopped(pretrained: Path, source: str, 
 
     settings = config(source)
     assert not pretrain(settings, tmp_path / "run", callbacks=(Stop(),)).finished
-    with pytest.raises(RunError, match="is a run of `mocosfl pretrain`; resume it with that"):
-        train(settings, tmp_path / "run", resume=True)
+    for frozen in (True, False):
+        with pytest.raises(RunError, match="is a run of `mocosfl pretrain`; resume it with that"):
+            train(settings.updated({"clients.frozen": frozen}), tmp_path / "run", resume=True)
     assert pretrain(settings, tmp_path / "run", resume=True).finished
     names = ("encoder.safetensors", "head.safetensors", "seen.npy")
     assert all((tmp_path / "run" / name).read_bytes() == (pretrained / name).read_bytes() for name in names)
 
 
-def test_a_collapse_is_noticed(source: str, tmp_path: Path) -> None:
-    """A rate at which every filter dies: the run ends, and says so."""
-    with pytest.raises(RunError, match=r"collapsed at step \d+: the features' variance is|is not finite"):
-        pretrain(config(source, **{"pretrain.lr": 50.0, "pretrain.epochs": 20}), tmp_path / "run")
+def test_a_run_needs_the_other_one_only_to_start(pretrained: Path, source: str, tmp_path: Path) -> None:
+    """The run that clients start from may be gone when training goes on."""
+    from mocosfl.trainer import Callback
+
+    class Stop(Callback):
+        def after_step(self, trainer, metrics) -> None:
+            trainer.stop = trainer.step == 3
+
+    start = tmp_path / "start"
+    shutil.copytree(pretrained, start)
+    settings = config(source, **{"clients.init": str(start), "clients.frozen": True})
+    whole = train(settings, tmp_path / "whole")
+    assert not train(settings, tmp_path / "run", callbacks=(Stop(),)).finished
+    shutil.rmtree(start)
+    again = train(settings, tmp_path / "run", resume=True)
+    for name, tensor in whole.encoder.state_dict().items():
+        assert torch.equal(tensor, again.encoder.state_dict()[name]), name
+    assert np.array_equal(Run.open(tmp_path / "run").fingerprints(), Run.open(pretrained).fingerprints())
 
 
+def test_a_collapse_ends_pretraining(source: str, tmp_path: Path) -> None:
+    """Halves and features that are all alike, as a client half gives whose filters have died."""
+    from mocosfl.trainer import Callback
+
+    class Kill(Callback):
+        def before_training(self, trainer) -> None:
+            for name, stack in trainer.cohort.online.weights.items():
+                if name.startswith("bottleneck"):
+                    stack.data.fill_(-1e3)  # before a ReLU
+            trainer.config = trainer.config.updated({"train.log_every": 10})
+
+    with pytest.raises(RunError, match=r"collapsed at step 100: the features' variance is .*; the checkpoint of step"):
+        pretrain(config(source, **{"pretrain.epochs": 20}), tmp_path / "run", callbacks=(Kill(),))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["noise", "dropout", "nopeek", "ressfl"])
-def test_training_under_a_defence(kind: str, source: str, tmp_path: Path) -> None:
+def test_training_under_a_defence(kind: str, precision: str, source: str, tmp_path: Path) -> None:
     """It runs, resumes to the same end, and the audit attacks what is sent under it."""
     from mocosfl.trainer import Callback
 
@@ -250,11 +320,11 @@ def test_training_under_a_defence(kind: str, source: str, tmp_path: Path) -> Non
         def after_step(self, trainer, metrics) -> None:
             trainer.stop = trainer.step == 3
 
-    settings = config(source, **{"defence.kind": kind, "ressfl.ssim_target": -1})
+    settings = config(source, **{"defence.kind": kind, "ressfl.ssim_target": -1, "train.precision": precision})
     whole = train(settings, tmp_path / "whole")
     assert not train(settings, tmp_path / "run", callbacks=(Stop(),)).finished
     again = train(settings, tmp_path / "run", resume=True)
-    plain = train(config(source), tmp_path / "plain")
+    plain = train(config(source, **{"train.precision": precision}), tmp_path / "plain")
     for name, weight in whole.encoder.state_dict().items():
         assert torch.equal(weight, again.encoder.state_dict()[name]), name
     weight = "client.stem.0.0.weight"

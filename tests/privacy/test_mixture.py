@@ -8,8 +8,13 @@ from PIL import Image
 
 from mocosfl.config import Config
 from mocosfl.data.federation import federate
+from mocosfl.data.images import ImageSet
 from mocosfl.errors import SettingError
 from mocosfl.privacy.mixture import fingerprints, mix
+
+
+def all_of(images: ImageSet) -> np.ndarray:
+    return fingerprints(images, np.arange(len(images)))
 
 
 def silent(text: str) -> None:
@@ -19,6 +24,9 @@ def silent(text: str) -> None:
 def config(**changes: object) -> Config:
     base = {"data.source": "digits", "data.channels": 1, "clients.number": 20, "pretrain.spare_client": 3}
     return Config().updated(base | changes)
+
+
+ALL = {"partition.kind": "iid", "data.held_out": 0}
 
 
 @pytest.fixture
@@ -60,9 +68,9 @@ def test_shares_and_halves(folder: str) -> None:
 def test_no_image_of_the_spare_client(folder: str) -> None:
     settings = config(**{"pretrain.source": folder, "pretrain.target_share": 1.0})
     target = federate(settings, silent)
-    spare = target.splits.train.gather(target.partition.client(3))
+    spare = target.partition.client(3)
     mixture = mix(settings, silent)
-    assert not np.isin(fingerprints(spare), fingerprints(mixture.splits.train.images)).any()
+    assert not np.isin(fingerprints(target.splits.train, spare), all_of(mixture.splits.train)).any()
     assert len(mixture.shared) == len(target.train_rows) - len(spare)
 
 
@@ -70,8 +78,8 @@ def test_nor_one_with_the_same_pixels() -> None:
     """The source is the clients' own data set: what the spare client holds is taken out of it."""
     settings = config(**{"pretrain.source": "digits"})
     target = federate(settings, silent)
-    spare = fingerprints(target.splits.train.gather(target.partition.client(3)))
-    images = fingerprints(mix(settings, silent).splits.train.images)
+    spare = fingerprints(target.splits.train, target.partition.client(3))
+    images = all_of(mix(settings, silent).splits.train)
     assert len(images) >= 1000
     assert not np.isin(spare, images).any()
 
@@ -86,11 +94,11 @@ def test_one_of_both_will_do(folder: str) -> None:
 
 
 def test_fingerprints() -> None:
-    images = np.random.default_rng(0).integers(0, 256, (50, 3, 4, 4), dtype=np.uint8)
-    numbers = fingerprints(images)
-    assert len(set(numbers.tolist())) == 50
-    assert np.array_equal(fingerprints(images[::-1]), numbers[::-1])
-    assert fingerprints(images[:0]).shape == (0,)
+    images = ImageSet(np.random.default_rng(0).integers(0, 256, (1100, 3, 4, 4), dtype=np.uint8))
+    numbers = all_of(images)
+    assert len(set(numbers.tolist())) == 1100
+    assert np.array_equal(fingerprints(images, np.arange(1100)[::-1]), numbers[::-1])
+    assert fingerprints(images, np.arange(0)).shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -98,8 +106,16 @@ def test_fingerprints() -> None:
     [
         ({}, "nothing to pre-train on; name the server's own images"),
         ({"pretrain.target_share": 0.0001}, r"target_share=0.0001: of the clients' \d+ images that is not one"),
-        ({"pretrain.source": "/no/such/folder"}, "no such file or folder"),
-        ({"pretrain.source": "digits", "pretrain.images": 5000}, "5000: the training split has"),
+        ({"pretrain.source": "/no/such/folder"}, "pretrain.source=/no/such/folder: there is no such file or folder"),
+        ({"pretrain.source": "digits", "pretrain.images": 5000}, "pretrain.images=5000: the training split has"),
+        (
+            {"pretrain.target_share": 0.5, "clients.number": 1, "pretrain.spare_client": 0, **ALL},
+            r"pretrain.target_share=0.5: all images are those of the spare client \(pretrain.spare_client=0\)",
+        ),
+        (
+            {"pretrain.source": "digits", "clients.number": 1, "pretrain.spare_client": 0, **ALL},
+            "pretrain.source=digits: all its images are those of the spare client",
+        ),
     ],
 )
 def test_errors(changes: dict, message: str) -> None:

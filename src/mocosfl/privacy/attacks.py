@@ -21,8 +21,13 @@ from mocosfl.privacy.defences import Defence
 from mocosfl.privacy.scores import mse, ssim
 from mocosfl.randomness import PROTECT, bits, stream
 
-BATCH = 1024
-"""Images in one pass without gradients."""
+PIXELS = 2**22
+"""Numbers of the images in one pass without gradients."""
+
+
+def _parts(images: Tensor, times: int = 1) -> tuple[Tensor, ...]:
+    """Cut a batch into parts that are small enough, each image being used so many times."""
+    return images.split(max(1, PIXELS // (times * images[0].numel())))
 
 
 class Victim:
@@ -60,7 +65,7 @@ class Victim:
     def send(self, images: Tensor) -> Tensor:
         """Latents as clients send them; whatever is random in them is drawn anew every time."""
         self.messages += 1
-        latents = torch.cat([self.latents(part) for part in images.split(BATCH)])
+        latents = torch.cat([self.latents(part) for part in _parts(images)])
         return self.defence.protect(latents, int(bits(self.seed, PROTECT, -self.messages) >> np.uint64(1)))
 
     def augmentation(self, images: Tensor, view: int, first: int = 0) -> AugmentParameters:
@@ -108,7 +113,7 @@ def train_decoder(victim: Victim, images: Tensor, training: Training, seed: int)
     decoder = Decoder(tuple(shape), tuple(images.shape[1:]), training.blocks, training.channels, seed)
     decoder.to(images.device).train()
     optimizer = torch.optim.Adam(decoder.parameters(), lr=training.lr)
-    ready = None if training.views else victim.send(images)
+    ready = None if training.views or victim.defence.random else victim.send(images)
     for step, rows in zip(range(training.steps), _batches(len(images), training.batch, generator), strict=False):
         if training.loss == "both":
             optimizer.param_groups[0]["lr"] = training.lr * (1 + math.cos(math.pi * step / training.steps)) / 2
@@ -146,7 +151,7 @@ def _some_views(victim: Victim, images: Tensor, first: int) -> Tensor:
 @torch.no_grad()
 def decode(decoder: nn.Module, latents: Tensor) -> Tensor:
     """What a decoder makes of latents: (n, ...) to (n, C, S, S) in [0, 1]."""
-    return torch.cat([decoder(part) for part in latents.split(BATCH)])
+    return torch.cat([decoder(part) for part in _parts(latents, 4)])
 
 
 def optimise(
@@ -177,7 +182,8 @@ def optimise(
     scale = sent.flatten(1).square().sum(dim=1).clamp(min=1e-8)
 
     def losses(images: Tensor) -> Tensor:
-        wrong = (victim.latents(images) - sent).flatten(1).square().sum(dim=1)
+        guess = victim.defence.expected(victim.latents(images), sent)
+        wrong = (guess - sent).flatten(1).square().sum(dim=1)
         return wrong / scale + smoothness * _variation(images)
 
     generator = torch.Generator().manual_seed(stream(seed, "optimise"))
@@ -226,14 +232,19 @@ def fuse_views(
     Returns:
         (n, C, S, S) in [0, 1].
     """
-    made = [victim.augmentation(images, view) for view in range(views)]
-    decoded = [decode(decoder, victim.send(augment(images, drawn, victim.policy))) for drawn in made]
 
-    def losses(guess: Tensor) -> Tensor:
-        wrong = [mse(augment(guess, drawn, victim.policy), seen) for drawn, seen in zip(made, decoded, strict=True)]
-        return torch.stack(wrong).mean(dim=0) + smoothness * _variation(guess)
+    def fused(part: Tensor, first: int) -> Tensor:
+        made = [victim.augmentation(part, view, first) for view in range(views)]
+        decoded = [decode(decoder, victim.send(augment(part, drawn, victim.policy))) for drawn in made]
 
-    return _descend(losses, torch.zeros_like(images), iterations, lr=0.3)
+        def losses(guess: Tensor) -> Tensor:
+            wrong = [mse(augment(guess, drawn, victim.policy), seen) for drawn, seen in zip(made, decoded, strict=True)]
+            return torch.stack(wrong).mean(dim=0) + smoothness * _variation(guess)
+
+        return _descend(losses, torch.zeros_like(part), iterations, lr=0.3)
+
+    parts = _parts(images, views)
+    return torch.cat([fused(part, place * len(parts[0])) for place, part in enumerate(parts)])
 
 
 def _descend(losses: Callable[[Tensor], Tensor], start: Tensor, iterations: int, lr: float = 0.1) -> Tensor:

@@ -20,7 +20,7 @@ from mocosfl.data.federation import Federation, federate
 from mocosfl.data.images import ImageSet
 from mocosfl.data.sources import load
 from mocosfl.encoder import load_encoder
-from mocosfl.errors import RunError, SettingError
+from mocosfl.errors import MocosflError, RunError, SettingError
 from mocosfl.privacy.attacks import Training, Victim, decode, fuse_views, optimise, train_decoder, tuned_smoothness
 from mocosfl.privacy.decoder import Decoder
 from mocosfl.privacy.defences import defence_of
@@ -29,7 +29,13 @@ from mocosfl.privacy.scores import identified, lpips, mse, psnr, ssim
 from mocosfl.randomness import stream
 from mocosfl.run import Run
 
-WORST: dict[str, Callable[..., float]] = {"mse": min, "psnr": max, "ssim": max, "identified": max, "lpips": min}
+STRONG_BATCH = 64
+"""Images of a step of the stronger decoders."""
+
+ORDER = ("decoder", "strong", "auxiliary", "whitebox", "views")
+"""The attacks."""
+
+WORST: dict[str, Callable[..., str]] = {"mse": min, "psnr": max, "ssim": max, "identified": max, "lpips": min}
 """The scores, and which of several attacks' is the worst for the client."""
 
 
@@ -50,14 +56,25 @@ class Audit:
 
 @dataclass(frozen=True)
 class _Images:
-    """Rows of the clients' training split, no image in two of them; and the auxiliary set."""
+    """Who has which images.
 
+    Attributes:
+        client: whose images are attacked.
+        attacked, small, large, distractors: rows of ``train``. No image of the first is in the others, by its pixels;
+            ``small`` is a part of ``large`` (or the other way round), and they have none of the last.
+        train: the clients' training split.
+        auxiliary, its_rows, source: another data set, those of its images that may be used, and its name; None where
+            it cannot be had.
+    """
+
+    client: int
     attacked: NDArray[np.int64]
     small: NDArray[np.int64]
     large: NDArray[np.int64]
     distractors: NDArray[np.int64]
     train: ImageSet
-    auxiliary: ImageSet
+    auxiliary: ImageSet | None
+    its_rows: NDArray[np.int64]
     source: str
 
 
@@ -80,18 +97,16 @@ def audit(path: str | Path, settings: AttackSettings, device: torch.device, say:
     """
     run = Run.open(path)
     config, encoder = run.config, load_encoder(run.path, device)
-    client = config.pretrain.spare_client if settings.client is None else settings.client
-    sets = _images(config, settings, client, run.fingerprints(), say)
+    sets = _images(config, settings, run.fingerprints(), say)
     defence = defence_of(config, encoder.latent_shape, sets.train.shape, device)
     bf16 = config.train.precision == "bf16"
     victim = Victim(
         encoder.client, encoder.mean, encoder.std, Policy.of(config.augment), defence, config.seed, bf16=bf16
     )
     originals, small, large = (_floats(sets.train, rows, device) for rows in (sets.attacked, sets.small, sets.large))
-    auxiliary = _floats(sets.auxiliary, np.arange(len(sets.auxiliary)), device)
     paper = Training(steps=settings.epochs * max(1, len(small) // Training.batch))
     strong = Training(
-        settings.strong_blocks, settings.strong_channels, settings.strong_steps, 64, 2e-3, "both", views=True
+        settings.strong_blocks, settings.strong_channels, settings.strong_steps, STRONG_BATCH, 2e-3, "both", views=True
     )
     sent, seed = victim.send(originals), settings.seed
     decoders: dict[str, Decoder] = {}
@@ -107,7 +122,6 @@ def audit(path: str | Path, settings: AttackSettings, device: torch.device, say:
     attacks: dict[str, tuple[str, Callable[[], Tensor]]] = {
         "decoder": (f"the paper's decoder, {len(small)} {others}", by_decoder("decoder", small, paper)),
         "strong": (f"a larger decoder, {len(large)} {others}", by_decoder("strong", large, strong)),
-        "auxiliary": (f"the same, {len(auxiliary)} images of {sets.source}", by_decoder("blind", auxiliary, strong)),
         "whitebox": (
             f"gradient descent on the image, best of {settings.restarts}",
             lambda: optimise(
@@ -125,11 +139,14 @@ def audit(path: str | Path, settings: AttackSettings, device: torch.device, say:
             lambda: fuse_views(victim, decoders["strong"], originals, settings.views, descent),
         ),
     }
-    say(f"attacking {len(originals)} images of client {client} of {path}")
+    if sets.auxiliary is not None:
+        blind = by_decoder("auxiliary", _floats(sets.auxiliary, sets.its_rows, device), strong)
+        attacks["auxiliary"] = (f"the same, {len(sets.its_rows)} images of {sets.source}", blind)
+    say(f"attacking {len(originals)} images of client {sets.client} of {path}")
     gallery = torch.cat([originals, _floats(sets.train, sets.distractors, device)])
     reconstructions: dict[str, Tensor] = {}
     found: dict[str, dict[str, Any]] = {}
-    for name, (what, attack) in attacks.items():
+    for name, (what, attack) in ((name, attacks[name]) for name in ORDER if name in attacks):
         began = time.monotonic()
         reconstructions[name] = attack()
         scores = _scores(originals, reconstructions[name], gallery)
@@ -137,7 +154,7 @@ def audit(path: str | Path, settings: AttackSettings, device: torch.device, say:
         say(f"  {name}: MSE {scores['mse']:.4f}, SSIM {scores['ssim']:.3f} ({found[name]['seconds']:.0f} s)")
     report: dict[str, Any] = {
         "run": str(path),
-        "client": client,
+        "client": sets.client,
         "images": len(originals),
         "gallery": len(gallery),
         "attacks": found,
@@ -156,8 +173,9 @@ def compare(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
 
     Returns:
         For each run its ``name``, ``knn`` and ``linear_probe`` in percent (None without labels), the worst ``mse``,
-        ``ssim`` and ``identified`` with the attacks that reached them, and ``up`` and ``down``: bytes that a client
-        sends and receives for an image and epoch, in fp32, without the average of the halves.
+        ``ssim`` and ``identified`` with the attacks that reached them, ``up`` and ``down``: bytes that a client sends
+        and receives for an image and epoch, in fp32, without the average of the halves, and ``audit``, what was
+        attacked and how.
 
     Raises:
         RunError: a run has not been attacked, or has not finished.
@@ -174,7 +192,8 @@ def compare(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
         latent, contrast = 4 * math.prod(encoder.latent_shape), run.config.contrast
         views = 2 if contrast.both_views else 1
         row: dict[str, Any] = {"name": Path(path).name, "up": 2 * views * latent}
-        row["down"] = 0 if run.config.clients.frozen or run.pretraining else views * latent
+        row["down"] = 0 if run.config.clients.frozen or run.command == "pretrain" else views * latent
+        row["audit"] = [report["settings"], report["images"], report["gallery"]]
         row |= {name: result.get(name) for name in ("knn", "linear_probe")}
         for score in ("mse", "ssim", "identified"):
             row |= {score: report["worst"][score]["value"], f"{score}_attack": report["worst"][score]["attack"]}
@@ -182,44 +201,78 @@ def compare(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
     return rows
 
 
-def _images(
-    config: Config, settings: AttackSettings, client: int, seen: NDArray[np.uint64], say: Callable[[str], None]
-) -> _Images:
-    """Who has which images. Equal pixels count as the same image."""
-    if client >= config.clients.number:
-        raise SettingError(f"attack.client={client}: the clients are 0 to {config.clients.number - 1}")
-    federation: Federation = federate(config, say)
-    train = federation.splits.train
-    attacked = federation.partition.client(client)[: settings.images]
-    marks = fingerprints(train.gather(attacked))
-    if count := int(np.isin(marks, seen).sum()):
-        raise SettingError(
-            f"attack.client={client}: the server has seen {count} of these {len(attacked)} images in pre-training "
-            f"(pretrain.target_share); attack client {config.pretrain.spare_client}, which it spared"
-        )
-    others = np.setdiff1d(federation.train_rows, federation.partition.client(client))
-    others = others[~np.isin(fingerprints(train.gather(others)), marks)]
+def _images(config: Config, settings: AttackSettings, seen: NDArray[np.uint64], say: Callable[[str], None]) -> _Images:
+    """Choose whose images are attacked, and what attackers have. Equal pixels count as the same image."""
+    federation = federate(config, say)
+    train, held = federation.splits.train, federation.partition
+    client = _client(settings, config, federation, seen)
+    attacked = held.client(client)[: settings.images]
+    marks = fingerprints(train, attacked)
+    others = np.setdiff1d(federation.train_rows, held.client(client))
+    others = others[~np.isin(fingerprints(train, others), marks)]
     order = np.random.default_rng(stream(settings.seed, "attackers")).permutation(others)
     counts = []
     for name in ("share", "strong_share"):
         counts.append(round(getattr(settings, name) * len(federation.train_rows)))
         if not 2 <= counts[-1] <= len(others):
             raise SettingError(
-                f"attack.{name}={getattr(settings, name)}: that is {counts[-1]} of the clients' "
+                f"{name}={getattr(settings, name)}: that is {counts[-1]} of the clients' "
                 f"{len(federation.train_rows)} images; an attacker needs 2 or more, and there are {len(others)} others"
             )
     small, large, rest = order[: counts[0]], order[: counts[1]], order[max(counts) :]
     distractors = rest[: max(0, settings.gallery - len(attacked))]
+    auxiliary, rows, source = _auxiliary(settings, config, train, marks, say)
+    return _Images(client, attacked, small, large, distractors, train, auxiliary, rows, source)
 
-    source = settings.auxiliary or config.pretrain.source or ("cifar10" if "100" in config.data.source else "cifar100")
+
+def _client(settings: AttackSettings, config: Config, federation: Federation, seen: NDArray[np.uint64]) -> int:
+    """The client to attack: none of its images may have been seen in pre-training."""
+    held, train = federation.partition, federation.splits.train
+    if settings.client is not None and settings.client >= len(held):
+        raise SettingError(f"client={settings.client}: the clients are 0 to {len(held) - 1}")
+
+    def known(client: int) -> int:
+        return int(np.isin(fingerprints(train, held.client(client)), seen).sum()) if len(seen) else 0
+
+    spared = (c for c in (config.pretrain.spare_client, *range(len(held))) if not known(c))
+    if settings.client is None:
+        client = next(spared, None)
+        if client is None:
+            raise SettingError("client: the server has seen images of every client in pre-training")
+        return client
+    if count := known(settings.client):
+        other = next(spared, None)
+        hint = "" if other is None else f"; attack client {other}, of which it has seen none"
+        raise SettingError(
+            f"client={settings.client}: the server has seen {count} of its {held.sizes[settings.client]} images in "
+            f"pre-training (pretrain.target_share){hint}"
+        )
+    return settings.client
+
+
+def _auxiliary(
+    settings: AttackSettings, config: Config, train: ImageSet, marks: NDArray[np.uint64], say: Callable[[str], None]
+) -> tuple[ImageSet | None, NDArray[np.int64], str]:
+    """Another data set, as many of its images as a decoder will see, and its name."""
+    clients = config.data.source.lower()
+    other = "cifar10" if clients in ("cifar100", "uoft-cs/cifar100") else "cifar100"
+    source = settings.auxiliary or config.pretrain.source or other
     channels, size, _ = train.shape
     own = DataSettings(source=source, size=size, channels=1 if channels == 1 else 3, memory=config.data.memory)
-    auxiliary = load(own, config.seed, say).train
-    if count := int(np.isin(fingerprints(auxiliary.gather(np.arange(len(auxiliary)))), marks).sum()):
+    try:
+        images = load(own, config.seed, say).train
+    except MocosflError as error:
+        if settings.auxiliary is not None:
+            raise type(error)(str(error).replace("data.source=", "auxiliary=")) from error
+        say(f"the attack with auxiliary images is left out: {source} cannot be had; name other images by --auxiliary")
+        return None, np.zeros(0, np.int64), source
+    rows = np.random.default_rng(stream(settings.seed, "auxiliary")).permutation(len(images))
+    mine = np.isin(fingerprints(images, rows), marks)
+    if mine.any() and settings.auxiliary is not None:
         raise SettingError(
-            f"attack.auxiliary={source}: {count} of the attacked images are in it; name a set that has none of them"
+            f"auxiliary={source}: {mine.sum()} of the attacked images are in it; name a set that has none of them"
         )
-    return _Images(attacked, small, large, distractors, train, auxiliary, source)
+    return images, rows[~mine][: STRONG_BATCH * settings.strong_steps], source
 
 
 def _floats(images: ImageSet, rows: NDArray[np.int64], device: torch.device) -> Tensor:
@@ -242,5 +295,6 @@ def _scores(originals: Tensor, made: Tensor, gallery: Tensor) -> dict[str, float
 
 
 def _worst(found: dict[str, dict[str, Any]], score: str) -> dict[str, Any]:
-    value = WORST[score](attack[score] for attack in found.values())
-    return {"value": value, "attack": next(name for name, attack in found.items() if attack[score] == value)}
+    values = {name: attack[score] for name, attack in found.items() if not math.isnan(attack[score])}
+    name = WORST[score](values, key=lambda name: values[name])
+    return {"value": values[name], "attack": name}

@@ -20,8 +20,11 @@ class Defence:
     """Nothing, and what every defence may do.
 
     Attributes:
+        random: whether ``protect`` draws.
         metrics: what the last ``gradient`` has found out, as tensors that nobody has waited for.
     """
+
+    random = False
 
     def __init__(self) -> None:
         self.metrics: dict[str, Tensor] = {}
@@ -33,6 +36,10 @@ class Defence:
             latents: (n, ...) of the shape that the client half gives.
             seed: of whatever is drawn; another one for every message.
         """
+        return latents
+
+    def expected(self, latents: Tensor, sent: Tensor) -> Tensor:
+        """What an attacker expects to be sent for latents, having seen what was sent for the true ones."""
         return latents
 
     def gradient(self, latents: Tensor, images: Tensor, shares: Tensor, contrast: Tensor) -> Tensor | None:
@@ -61,6 +68,8 @@ class Noise(Defence):
         scale: standard deviation, in multiples of the root mean square of an image's latent.
     """
 
+    random = True
+
     def __init__(self, scale: float) -> None:
         super().__init__()
         self.scale = scale
@@ -78,6 +87,8 @@ class Dropout(Defence):
         share: of the numbers that are dropped.
     """
 
+    random = True
+
     def __init__(self, share: float) -> None:
         super().__init__()
         self.share = share
@@ -85,6 +96,9 @@ class Dropout(Defence):
     def protect(self, latents: Tensor, seed: int) -> Tensor:
         kept = torch.rand(latents.shape, generator=_generator(latents, seed), device=latents.device) >= self.share
         return latents * kept / (1 - self.share)
+
+    def expected(self, latents: Tensor, sent: Tensor) -> Tensor:
+        return latents * (sent != 0) / (1 - self.share)
 
 
 def _generator(latents: Tensor, seed: int) -> torch.Generator:
@@ -148,6 +162,7 @@ class ResSFL(Defence):
         seed: the run's.
         device: where to compute.
         world: the processes of the run.
+        bf16: run G under bfloat16 autocast.
     """
 
     def __init__(
@@ -158,8 +173,10 @@ class ResSFL(Defence):
         seed: int,
         device: torch.device,
         world: World | None = None,
+        bf16: bool = False,
     ) -> None:
         super().__init__()
+        self.bf16 = bf16
         self.settings, self.world, self.done = settings, world or World(), 0
         decoder = Decoder(latent_shape, image_shape, settings.blocks, settings.channels, stream(seed, "ressfl"))
         self.decoder = decoder.to(device)
@@ -167,19 +184,25 @@ class ResSFL(Defence):
             share_statistics(self.decoder, self.world)
         self.optimizer = torch.optim.Adam(self.decoder.parameters(), lr=settings.lr)
 
+    def _similarity(self, latents: Tensor, images: Tensor) -> Tensor:
+        # A region of its own for each pass: autocast keeps the weights that it has cast until the region ends.
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=self.bf16):
+            made = self.decoder(latents)
+        return ssim(made, images)
+
     @torch.enable_grad()
     def gradient(self, latents: Tensor, images: Tensor, shares: Tensor, contrast: Tensor) -> Tensor | None:
         settings, latents = self.settings, latents.detach()
         weights = shares / self.world.sum(shares.sum())
         for _ in range(settings.steps):
-            loss = (weights * (1 - ssim(self.decoder(latents), images))).sum()
+            loss = (weights * (1 - self._similarity(latents, images))).sum()
             self.optimizer.zero_grad()
             loss.backward()
             self.world.add([p.grad for p in self.decoder.parameters() if p.grad is not None])
             self.optimizer.step()
         self.done += 1
         latents = latents.requires_grad_()
-        similarity = ssim(self.decoder(latents), images)
+        similarity = self._similarity(latents, images)
         known = (weights * similarity).sum().detach()
         self.world.add([known])
         self.metrics = {"attacker_ssim": known}
@@ -218,6 +241,7 @@ def defence_of(
         case "nopeek":
             return NoPeek(settings.nopeek)
         case "ressfl":
-            return ResSFL(config.ressfl, latent_shape, image_shape, config.seed, device, world)
+            bf16 = config.train.precision == "bf16"
+            return ResSFL(config.ressfl, latent_shape, image_shape, config.seed, device, world, bf16)
         case _:
             return Defence()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,8 +16,11 @@ from mocosfl.data.images import ImageSet
 from mocosfl.data.partition import Partition
 from mocosfl.data.sampler import ClientSampler
 from mocosfl.data.sources import Splits, balanced, load
-from mocosfl.errors import SettingError
+from mocosfl.errors import MocosflError, SettingError
 from mocosfl.randomness import stream
+
+CHUNK = 1000
+"""Images read at a time for their fingerprints."""
 
 
 class MixedSampler(ClientSampler):
@@ -79,10 +83,10 @@ def mix(config: Config, say: Callable[[str], None]) -> Mixture:
     target = federate(config, say)
     train = target.splits.train
     spare = target.partition.client(settings.spare_client)
-    unseen = fingerprints(train.gather(spare))
+    unseen = fingerprints(train, spare)
 
     def allowed(images: ImageSet, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        return rows[~np.isin(fingerprints(images.gather(rows)), unseen)]
+        return rows[~np.isin(fingerprints(images, rows), unseen)]
 
     count = round(settings.target_share * len(target.train_rows))
     if settings.target_share > 0 and count == 0:
@@ -91,6 +95,11 @@ def mix(config: Config, say: Callable[[str], None]) -> Mixture:
             "not one"
         )
     candidates = allowed(train, target.train_rows) if count else target.train_rows[:0]
+    if count and not len(candidates):
+        raise SettingError(
+            f"pretrain.target_share={settings.target_share}: all images are those of the spare client "
+            f"(pretrain.spare_client={settings.spare_client})"
+        )
     rng = np.random.default_rng(stream(config.seed, "target share"))
     shared = balanced(candidates, train.labels, min(count, len(candidates)), rng)
 
@@ -106,16 +115,22 @@ def mix(config: Config, say: Callable[[str], None]) -> Mixture:
             size=size,
             channels=1 if channels == 1 else 3,
             memory=config.data.memory,
-            held_out=config.data.held_out,
+            skip_corrupt=config.data.skip_corrupt,
         )
-        source = load(own, config.seed, say).train
+        try:
+            source = load(own, config.seed, say).train
+        except MocosflError as error:
+            raise type(error)(re.sub(r"data\.(source|images)=", r"pretrain.\1=", str(error))) from error
         if source.streamed:
             raise SettingError(
                 f"pretrain.source={settings.source}: its images are more than data.memory={config.data.memory:g} GiB; "
                 "raise that, or use fewer by pretrain.images"
             )
         rows = allowed(source, np.arange(len(source)))
-        rows, held_out = set_aside(own.held_out, rows, source.labels, config.seed)
+        if not len(rows):
+            raise SettingError(f"pretrain.source={settings.source}: all its images are those of the spare client")
+        labels = source.labels if not count or train.labels is not None else None
+        rows, held_out = set_aside(config.data.held_out, rows, labels, config.seed)
         order = np.concatenate([rows, held_out])
         pixels.append(source.gather(order))
         numbers.append(None if source.labels is None else source.labels[order])
@@ -133,11 +148,14 @@ def mix(config: Config, say: Callable[[str], None]) -> Mixture:
     train_rows = np.setdiff1d(np.arange(len(images)), held_out)
     sizes = [len(train_rows) - len(shared)] * (settings.source is not None) + [len(shared)] * (count > 0)
     pieces = Partition(train_rows, np.concatenate([[0], np.cumsum(sizes)]))
-    held_out = held_out if labelled else held_out[:0]
     return Mixture(Splits(images, None), train_rows, held_out, pieces, target, shared, settings.spare_client)
 
 
-def fingerprints(images: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """A number for every image, equal where all pixels are: (n, C, H, W) to (n,), by BLAKE2b."""
-    numbers = [hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in images]
+def fingerprints(images: ImageSet, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """A number for each of some images, equal where all pixels are: (k,) rows to (k,), by BLAKE2b."""
+    numbers = [
+        hashlib.blake2b(image.tobytes(), digest_size=8).digest()
+        for start in range(0, len(rows), CHUNK)
+        for image in images.gather(rows[start : start + CHUNK])
+    ]
     return np.frombuffer(b"".join(numbers), dtype=np.uint64)

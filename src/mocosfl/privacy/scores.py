@@ -79,8 +79,9 @@ def identified(reconstructions: Tensor, gallery: Tensor, truth: Tensor) -> Tenso
     """
     found = torch.zeros(len(truth), dtype=torch.bool, device=truth.device)
     for view in (lambda x: x.flatten(1), _standardised):
-        distances = torch.cdist(view(reconstructions).double(), view(gallery).double())
-        found |= distances.argmin(dim=1) == truth
+        ours, theirs = (view(images.cpu()).double() for images in (reconstructions, gallery))
+        distances = torch.cdist(ours, theirs)
+        found |= distances.argmin(dim=1).to(truth.device) == truth
     return found
 
 
@@ -101,9 +102,9 @@ def _check(images: Tensor, others: Tensor) -> None:
 def lpips(images: Tensor, others: Tensor) -> Tensor | None:
     """Learned perceptual distance (Zhang et al., 2018, AlexNet): (n, C, H, W) twice, in [0, 1], to (n,).
 
-    None where the package ``lpips`` or its weights cannot be had.
+    None where the package ``lpips`` or its weights cannot be had, and for images that are too small for the network.
     """
-    network = _perceptual(images.device)
+    network = None if min(images.shape[2:]) < 32 else _perceptual(images.device)
     if network is None:
         return None
     x, y = (2 * t.expand(-1, 3, -1, -1) - 1 for t in (images, others))
