@@ -63,7 +63,7 @@ class AttackArguments:
     """Try to turn the latents of a run back into images; privacy.json and reconstructions.png in its folder tell."""
 
     attack: Annotated[AttackSettings, tyro.conf.arg(name="")]
-    run: tyro.conf.Positional[Path | None] = None
+    run: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="RUN")]] = None
     """The run folder."""
     compare: tuple[Path, ...] = ()
     """Instead: put runs that have been attacked side by side, as a table and a picture."""
