@@ -28,10 +28,11 @@ from torch import Tensor
 
 import mocosfl
 from mocosfl.config import Config
+from mocosfl.data.federation import Federation, federate
 from mocosfl.data.images import ImageSet
 from mocosfl.data.partition import partition
 from mocosfl.data.sources import Splits
-from mocosfl.experiment import Federation, build, choose_device, federate, prepared
+from mocosfl.experiment import build, choose_device, prepared
 from mocosfl.trainer import Callback, Trainer
 
 Name = TypeVar("Name")

@@ -26,9 +26,10 @@ from mocosfl.compute import autocast, compiled
 from mocosfl.config import Config
 from mocosfl.contrast import infonce, update_momentum
 from mocosfl.data.augment import AugmentParameters, Policy, augmented, normalise
+from mocosfl.data.federation import Federation
 from mocosfl.data.partition import Partition
 from mocosfl.data.sampler import ClientSampler
-from mocosfl.experiment import Federation, build
+from mocosfl.experiment import build
 
 TARGET = 1.15
 
