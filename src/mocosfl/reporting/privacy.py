@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def draw_comparison(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axes.annotate(
                 f"{row['name']} ({(row['up'] + row['down']) / 1024:.0f} KiB)",
                 (row[key], row[accuracy]),
-                (0, 9),
+                (0, math.sqrt(size) / 2 + 4),
                 textcoords="offset points",
                 ha="center",
                 fontsize=8,
