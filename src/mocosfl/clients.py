@@ -258,21 +258,25 @@ class LocalCohort:
             with torch.no_grad():
                 key = self._momentum(second)
         full = torch.promote_types(query.dtype, torch.float32)
-        query, key = protected(self.defence, (query.to(full), key.to(full)), config.seed, self.sampler, self.world)
-        self._query, self._seen = query, seen[: len(first)]
+        query, key = query.to(full), key.to(full)
+        if self.defence.draws:
+            query, key = protected(self.defence, (query, key), config.seed, self.sampler, self.world)
+        self._query, self._seen = query, seen[: len(first)] if self.defence.has_loss else None
         self.contributed += self.sizes
         clients, sizes = self.pool[self.seats], self.sizes[self.seats]
         return Latents(query.detach(), key, clients, sizes, self.shares)
 
     def backward(self, gradients: Tensor, lr: float) -> dict[str, Tensor]:
         """Back-propagate each client's piece through its half; one SGD step each."""
-        if self._query is None or self._seen is None:
+        if self._query is None:
             raise RuntimeError("backward needs a forward before it")
-        with record_function("clients: defence"):
-            flat = [t.flatten(0, 1) for t in (self._query.detach(), self._seen, gradients)]
-            extra = self.defence.gradient(flat[0], flat[1], self._weights(len(self._query)), flat[2])
+        if self._seen is not None:
+            with record_function("clients: defence"):
+                flat = [t.flatten(0, 1) for t in (self._query.detach(), self._seen, gradients)]
+                extra = self.defence.gradient(flat[0], flat[1], self._weights(len(self._query)), flat[2])
+                gradients = gradients + extra.view_as(gradients)
         with record_function("clients: backward"):
-            self._query.backward(gradients if extra is None else gradients + extra.view_as(gradients))
+            self._query.backward(gradients)
         self._query = self._seen = None
         with record_function("clients: update"):
             if self.identical:  # the gradients' sum over the clients becomes their average
@@ -402,8 +406,9 @@ class FrozenCohort:
         with record_function("clients: forward"), autocast(self.device, self.config):
             latents = self._half(views.flatten(0, 1)).unflatten(0, (2, -1))
         latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
-        pair = (latents[:1], latents[1:])
-        query, key = protected(self.defence, pair, self.config.seed, self.sampler, self.world)
+        query, key = latents[:1], latents[1:]
+        if self.defence.draws:
+            query, key = protected(self.defence, (query, key), self.config.seed, self.sampler, self.world)
         clients, sizes = self.pool[self.views.seats], self.views.sizes[self.views.seats]
         return Latents(query, key, clients, sizes, self.views.shares, learning=False)
 

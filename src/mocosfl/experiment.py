@@ -196,7 +196,8 @@ def _start(
                 Run.create(out, config, overwrite)
             stack.enter_context(run.locked())
             run.check_data(_data_facts(command, config, federation, parts))
-            run.write_fingerprints(_seen(config, federation) if not resume else run.fingerprints())
+            if started is None:
+                run.write_fingerprints(_seen(config, federation))
 
         world.first(check)
         federation = world.lead(lambda: gather(config, say))

@@ -113,7 +113,7 @@ def train_decoder(victim: Victim, images: Tensor, training: Training, seed: int)
     decoder = Decoder(tuple(shape), tuple(images.shape[1:]), training.blocks, training.channels, seed)
     decoder.to(images.device).train()
     optimizer = torch.optim.Adam(decoder.parameters(), lr=training.lr)
-    ready = None if training.views or victim.defence.random else victim.send(images)
+    ready = None if training.views or victim.defence.draws else victim.send(images)
     for step, rows in zip(range(training.steps), _batches(len(images), training.batch, generator), strict=False):
         if training.loss == "both":
             optimizer.param_groups[0]["lr"] = training.lr * (1 + math.cos(math.pi * step / training.steps)) / 2

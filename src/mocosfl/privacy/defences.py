@@ -20,11 +20,12 @@ class Defence:
     """Nothing, and what every defence may do.
 
     Attributes:
-        random: whether ``protect`` draws.
+        draws: whether ``protect`` changes anything; it then draws.
+        has_loss: whether there is a ``gradient``.
         metrics: what the last ``gradient`` has found out, as tensors that nobody has waited for.
     """
 
-    random = False
+    draws = has_loss = False
 
     def __init__(self) -> None:
         self.metrics: dict[str, Tensor] = {}
@@ -42,16 +43,19 @@ class Defence:
         """What an attacker expects to be sent for latents, having seen what was sent for the true ones."""
         return latents
 
-    def gradient(self, latents: Tensor, images: Tensor, shares: Tensor, contrast: Tensor) -> Tensor | None:
-        """The gradient of a further loss of the clients at what they have sent; None where there is none.
+    def gradient(self, latents: Tensor, images: Tensor, shares: Tensor, contrast: Tensor) -> Tensor:
+        """The gradient of a further loss of the clients at what they have sent.
 
         Args:
             latents: (n, ...) as sent, detached.
             images: (n, C, S, S) the views that they were made of, in [0, 1].
             shares: (n,) weight of every image in the clients' loss.
             contrast: (n, ...) gradient of the contrastive loss at the same latents.
+
+        Returns:
+            (n, ...), of the latents' dtype.
         """
-        return None
+        return torch.zeros_like(latents)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
@@ -68,7 +72,7 @@ class Noise(Defence):
         scale: standard deviation, in multiples of the root mean square of an image's latent.
     """
 
-    random = True
+    draws = True
 
     def __init__(self, scale: float) -> None:
         super().__init__()
@@ -87,7 +91,7 @@ class Dropout(Defence):
         share: of the numbers that are dropped.
     """
 
-    random = True
+    draws = True
 
     def __init__(self, share: float) -> None:
         super().__init__()
@@ -115,11 +119,13 @@ class NoPeek(Defence):
         weight: in the clients' loss.
     """
 
+    has_loss = True
+
     def __init__(self, weight: float) -> None:
         super().__init__()
         self.weight = weight
 
-    def gradient(self, latents: Tensor, images: Tensor, shares: Tensor, contrast: Tensor) -> Tensor | None:
+    def gradient(self, latents: Tensor, images: Tensor, shares: Tensor, contrast: Tensor) -> Tensor:
         with torch.enable_grad():
             z = latents.detach().requires_grad_()
             correlation = distance_correlation(images.flatten(1), z.flatten(1))
@@ -165,6 +171,8 @@ class ResSFL(Defence):
         bf16: run G under bfloat16 autocast.
     """
 
+    has_loss = True
+
     def __init__(
         self,
         settings: ResSFLSettings,
@@ -191,7 +199,7 @@ class ResSFL(Defence):
         return ssim(made, images)
 
     @torch.enable_grad()
-    def gradient(self, latents: Tensor, images: Tensor, shares: Tensor, contrast: Tensor) -> Tensor | None:
+    def gradient(self, latents: Tensor, images: Tensor, shares: Tensor, contrast: Tensor) -> Tensor:
         settings, latents = self.settings, latents.detach()
         weights = shares / self.world.sum(shares.sum())
         for _ in range(settings.steps):
