@@ -80,7 +80,17 @@ def federate(config: Config, say: Callable[[str], None]) -> Federation:
 def set_aside(
     share: float, rows: NDArray[np.int64], labels: NDArray[np.int64] | None, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Divide rows into those to train on and the monitor's queries, a share of them; none without labels."""
+    """Divide rows into those to train on and the monitor's queries.
+
+    Args:
+        share: of the rows that become queries; none do without labels.
+        rows: (n,) int64.
+        labels: class number of every row of the split, or None.
+        seed: the run's.
+
+    Returns:
+        Rows to train on and queries, int64, both in ascending order.
+    """
     if labels is None or share == 0:
         return rows, rows[:0]
     aside = balanced(rows, labels, round(share * len(rows)), np.random.default_rng(stream(seed, "held out")))
