@@ -7,6 +7,7 @@ them here, side by side as one network, ``FrozenCohort`` those that never change
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -132,15 +133,8 @@ class Views:
         return views.unflatten(0, (2, -1))
 
 
-class LocalCohort:
-    """All clients in this process: the simulator.
-
-    The halves of the active clients are laid side by side as one network (``models.side_by_side``); a step has no loop
-    over clients. What a client keeps while it is outside the pool (momentum copies that are not averaged, SGD momentum
-    if it is kept) lies in a bank of all N; without such things memory grows with the pool alone.
-
-    Where all clients are averaged after every step, their halves never differ when they are used: then one half stands
-    for all of them, and moves by the average of their gradients, which is exact.
+class _Simulated(ABC):
+    """What simulated clients need, whether they learn or not.
 
     Args:
         half: the client half, initialised; every client starts from it.
@@ -170,6 +164,44 @@ class LocalCohort:
         self.views = Views(config, images, sampler, device, self.world)
         self.mean, self.std = mean.to(device), std.to(device)
         self.pool = np.arange(config.pool)
+        self._set_up(half)
+
+    @abstractmethod
+    def _set_up(self, half: nn.Module) -> None:
+        """Make of the half what the clients compute with."""
+
+    def _sent(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents as they are sent, (V, n, ...) each, float32: every message of a run is protected anew."""
+        query, key = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (query, key))
+        if not self.defence.draws:
+            return query, key
+        step = int(self.sampler.drawn.sum())
+        for place, piece in enumerate(pair := [query, key]):
+            seed = int(bits(self.config.seed, PROTECT, step, place, self.world.rank) >> np.uint64(1))
+            pair[place] = self.defence.protect(piece.flatten(0, 1), seed).view_as(piece)
+        return pair[0], pair[1]
+
+    def _latents(self, query: Tensor, key: Tensor, learning: bool) -> Latents:
+        """Latents as the server takes them, (V, n, ...) each, with whose they are."""
+        clients, sizes = self.pool[self.views.seats], self.views.sizes[self.views.seats]
+        return Latents(query, key, clients, sizes, self.views.shares, learning)
+
+
+class LocalCohort(_Simulated):
+    """All clients in this process: the simulator.
+
+    The halves of the active clients are laid side by side as one network (``models.side_by_side``); a step has no loop
+    over clients. What a client keeps while it is outside the pool (momentum copies that are not averaged, SGD momentum
+    if it is kept) lies in a bank of all N; without such things memory grows with the pool alone.
+
+    Where all clients are averaged after every step, their halves never differ when they are used: then one half stands
+    for all of them, and moves by the average of their gradients, which is exact.
+
+    Built as ``_Simulated`` is.
+    """
+
+    def _set_up(self, half: nn.Module) -> None:
+        config, device = self.config, self.device
         self.sizes, self.shares = self.views.sizes, self.views.shares
         self.contributed = np.zeros(config.pool, dtype=np.int64)
         self.identical = (
@@ -257,14 +289,10 @@ class LocalCohort:
             update_momentum(self.momentum.weights.values(), self.online.weights.values(), config.contrast.momentum)
             with torch.no_grad():
                 key = self._momentum(second)
-        full = torch.promote_types(query.dtype, torch.float32)
-        query, key = query.to(full), key.to(full)
-        if self.defence.draws:
-            query, key = protected(self.defence, (query, key), config.seed, self.sampler, self.world)
+        query, key = self._sent(query, key)
         self._query, self._seen = query, seen[: len(first)] if self.defence.has_loss else None
         self.contributed += self.sizes
-        clients, sizes = self.pool[self.seats], self.sizes[self.seats]
-        return Latents(query.detach(), key, clients, sizes, self.shares)
+        return self._latents(query.detach(), key, learning=True)
 
     def backward(self, gradients: Tensor, lr: float) -> dict[str, Tensor]:
         """Back-propagate each client's piece through its half; one SGD step each."""
@@ -362,36 +390,18 @@ class LocalCohort:
         self.defence.load_state_dict(state["defence"])
 
 
-class FrozenCohort:
+class FrozenCohort(_Simulated):
     """Simulated clients whose half never changes: one half stands for all of them.
 
     Online and momentum copy are the same, and no client is ever sent anything. BatchNorm in the half uses the
     statistics that it came with.
 
-    Args:
-        half: the client half.
-        config, images, sampler, mean, std, device, world, defence: as for ``LocalCohort``.
+    Built as ``_Simulated`` is.
     """
 
-    def __init__(
-        self,
-        half: nn.Module,
-        config: Config,
-        images: ImageSet,
-        sampler: ClientSampler,
-        mean: Tensor,
-        std: Tensor,
-        device: torch.device,
-        world: World | None = None,
-        defence: Defence | None = None,
-    ) -> None:
-        self.config, self.sampler, self.device = config, sampler, device
-        self.world, self.defence = world or World(), defence or Defence()
-        self.views = Views(config, images, sampler, device, self.world)
-        self.mean, self.std = mean.to(device), std.to(device)
-        self.pool = np.arange(config.pool)
-        self.half = copy.deepcopy(half).to(device).requires_grad_(False).eval()
-        self._half = compiled(self.half, config)
+    def _set_up(self, half: nn.Module) -> None:
+        self.half = copy.deepcopy(half).to(self.device).requires_grad_(False).eval()
+        self._half = compiled(self.half, self.config)
 
     def activate(self, pool: NDArray[np.int64]) -> None:
         """Swap the pool."""
@@ -405,12 +415,7 @@ class FrozenCohort:
         views = normalise(self.views.draw(self.pool), self.mean, self.std)
         with record_function("clients: forward"), autocast(self.device, self.config):
             latents = self._half(views.flatten(0, 1)).unflatten(0, (2, -1))
-        latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
-        query, key = latents[:1], latents[1:]
-        if self.defence.draws:
-            query, key = protected(self.defence, (query, key), self.config.seed, self.sampler, self.world)
-        clients, sizes = self.pool[self.views.seats], self.views.sizes[self.views.seats]
-        return Latents(query, key, clients, sizes, self.views.shares, learning=False)
+        return self._latents(*self._sent(latents[:1], latents[1:]), learning=False)
 
     def backward(self, gradients: Tensor, lr: float) -> dict[str, Tensor]:
         """Never called: a frozen client is sent no gradient."""
@@ -436,15 +441,3 @@ class FrozenCohort:
         self.half.load_state_dict(state["half"])
         self.pool = state["pool"].numpy().copy()
         self.sampler.drawn = state["drawn"].numpy().copy()
-
-
-def protected(
-    defence: Defence, latents: tuple[Tensor, ...], seed: int, sampler: ClientSampler, world: World
-) -> list[Tensor]:
-    """What is sent of several sets of latents, (V, n, ...) each; every message of a run is protected anew."""
-    step = int(sampler.drawn.sum())
-    seeds = [int(bits(seed, PROTECT, step, place, world.rank) >> np.uint64(1)) for place in range(len(latents))]
-    return [
-        defence.protect(piece.flatten(0, 1), number).view_as(piece)
-        for piece, number in zip(latents, seeds, strict=True)
-    ]
