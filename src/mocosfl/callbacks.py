@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from mocosfl.errors import RunError
+from mocosfl.network.cohort import RemoteCohort
+from mocosfl.network.observe import Observer, serve_prometheus
 from mocosfl.run import Run
 from mocosfl.trainer import Callback, Trainer
 
@@ -123,6 +125,61 @@ class Monitor(Callback):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state_dict``'s result."""
         self.seconds = state["seconds"]
+
+
+class NetworkLog(Callback):
+    """Figures of the network beside the metrics, and a table of the clients now and then.
+
+    Args:
+        log: where the figures are written.
+        cohort: the clients; it is told how long the run is, and when it stops.
+        console: where the table is drawn, every minute and at the end.
+        metrics_port: of Prometheus. Unset: none.
+    """
+
+    SECONDS = 60
+
+    def __init__(
+        self, log: MetricsLog, cohort: RemoteCohort, console: Console, metrics_port: int | None = None
+    ) -> None:
+        self.log, self.cohort, self.console, self.port = log, cohort, console, metrics_port
+        self.end: Callable[[], None] | None = None
+
+    def before_training(self, trainer: Trainer) -> None:
+        """Begin to count."""
+        sampled = trainer.config.pool < trainer.config.clients.number
+        self.cohort.follow(trainer.steps, trainer.round_steps if sampled else None, lambda: trainer.stop)
+        self.observer = Observer(self.cohort, trainer)
+        if self.port is not None:
+            self.end = serve_prometheus(self.observer, self.port)
+        self.last = self.drawn = time.monotonic()
+        self.before, self.step = self.observer.figures(), trainer.step
+
+    def after_step(self, trainer: Trainer, metrics: dict[str, Tensor]) -> None:
+        """Write when it is time; draw when it is."""
+        if trainer.step % trainer.config.train.log_every and trainer.step != trainer.steps:
+            return
+        now, figures = time.monotonic(), self.observer.figures()
+        rate = 1 / max(now - self.last, 1e-9)
+        values = figures | {"steps_per_second": (trainer.step - self.step) * rate}
+        for way in ("in", "out"):
+            name = f"socket_bytes_{way}"
+            moved = figures[name] - self.before[name]
+            values[f"{name}_per_client_step"] = moved / max(figures["latents"] - self.before["latents"], 1)
+        self.log.write(trainer, values)
+        self.last, self.before, self.step = now, figures, trainer.step
+        if now - self.drawn > self.SECONDS:
+            self.drawn = now
+            self.console.print(self.observer.table())
+
+    def after_training(self, trainer: Trainer) -> None:
+        """Draw the table."""
+        self.console.print(self.observer.table())
+
+    def close(self) -> None:
+        """End Prometheus, also after an error."""
+        if self.end is not None:
+            self.end()
 
 
 class CollapseGuard(Callback):
@@ -261,6 +318,9 @@ def _facts(trainer: Trainer) -> str:
     ]
     for name, text in (
         ("images_per_second", "{:.0f} images/s"),
+        ("clients", "{:.0f} clients"),
+        ("steps_per_second", "{:.1f} steps/s"),
+        ("stragglers", "{:.0f} late"),
         ("loss", "loss {:.3f}"),
         ("contrast_accuracy", "contrast {:.1%}"),
         ("knn_held_out", "kNN {:.1f} %"),

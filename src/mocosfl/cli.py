@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mocosfl.config import AttackSettings, Config
-from mocosfl.errors import MocosflError, ReportedElsewhere, nearest
+from mocosfl.errors import MocosflError, ReportedElsewhere, SettingError, nearest
+from mocosfl.network.settings import JoinSettings, ServeSettings
 from mocosfl.recipes import RECIPES, recipe
 
 INTERRUPTED = 130
@@ -72,12 +74,56 @@ class AttackArguments:
 
 
 @dataclass
+class ServeArguments:
+    """Train with clients that join over the network. RECIPE is a name from `mocosfl recipes` or a YAML file."""
+
+    config: Settings
+    serve: Annotated[ServeSettings, tyro.conf.arg(name="")]
+    out: Path | None = None
+    """Run folder. Unset: runs/RECIPE-serve-DATE-TIME."""
+    resume: Path | None = None
+    """Go on with this run folder from its last checkpoint, with its own settings; clients come back by themselves."""
+    overwrite: bool = False
+    """Delete the run in the folder first."""
+
+
+@dataclass
+class JoinArguments:
+    """Take part in the run of a server, with images that stay here."""
+
+    join: Annotated[JoinSettings, tyro.conf.arg(name="")]
+    data: str
+    """This client's images: a folder of images or of parquet files, or anything else that --data.source takes."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto."""
+    threads: int = 1
+    """CPU threads; a client half is small."""
+
+
+@dataclass
+class EnrollArguments:
+    """Give clients tokens to join with. They are printed once; the file holds their hashes alone."""
+
+    clients: tyro.conf.Positional[tuple[str, ...]]
+    """Numbers of clients, such as 0 7 or 0-99."""
+    file: Path = Path("clients.json")
+    """The clients' file of `mocosfl serve --clients-file`. A server that runs notices changes."""
+    out: Path | None = None
+    """Write each token to a file client-NUMBER.token in this folder, readable by its owner alone, instead of printing
+    it."""
+    revoke: bool = False
+    """Strike the clients off instead. Who is connected stays until it leaves."""
+
+
+@dataclass
 class PartitionArguments:
     """Print and draw how the images of a recipe are spread over its clients."""
 
     config: Settings
     out: Path = Path("partition.png")
     """Picture to write."""
+    export: Path | None = None
+    """Write every client's images as PNG files to a folder client-NUMBER in this one, to try `mocosfl join` with."""
 
 
 def _base(args: Sequence[str]) -> tuple[Config, list[str]]:
@@ -114,14 +160,18 @@ def _run(args: Sequence[str], command: str, arguments: type[TrainArguments], run
     """Train or pre-train; both are called alike."""
     config, flags = _base(args)
     given = tyro.cli(arguments, prog=f"mocosfl {command} [RECIPE]", args=flags, default=arguments(config))
+    return _to_the_end(command, given, run)
 
+
+def _to_the_end(command: str, given: TrainArguments | ServeArguments, run: Callable[..., Any]) -> int:
+    """Make a run, and print what came of it."""
     if given.resume is not None and (given.out is not None or given.overwrite):
         errors.print("--resume goes on in its own folder: leave out --out and --overwrite", highlight=False)
         return 2
     suffix = "" if command == "train" else f"-{command}"
     default = Path("runs") / f"{given.config.recipe}{suffix}-{datetime.now():%Y%m%d-%H%M%S}"
     out = given.resume or given.out or default
-    result = run(given.config, out, resume=given.resume is not None, overwrite=given.overwrite, console=console)
+    result = run(given.config, out=out, resume=given.resume is not None, overwrite=given.overwrite, console=console)
     if not result.finished:
         if not console.quiet:
             errors.print(
@@ -254,6 +304,80 @@ def _partition(args: Sequence[str]) -> int:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     draw(counts, classes, given.out, f"{given.config.data.source}, {len(counts)} clients")
     console.print(f"picture: {given.out}", highlight=False, soft_wrap=True)
+    if given.export is not None:
+        from mocosfl.data.federation import export
+
+        folders = export(federation, given.export)
+        console.print(f"images: {folders[0]} to {folders[-1].name}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _serve(args: Sequence[str]) -> int:
+    config, flags = _base(args)
+    given = tyro.cli(
+        ServeArguments, prog="mocosfl serve [RECIPE]", args=flags, default=ServeArguments(config, ServeSettings())
+    )
+    from mocosfl.serving import serve
+
+    return _to_the_end("serve", given, partial(serve, settings=given.serve))
+
+
+def _join(args: Sequence[str]) -> int:
+    given = tyro.cli(JoinArguments, prog="mocosfl join HOST:PORT", args=_positional(args, "--server"))
+    import torch
+
+    from mocosfl.experiment import choose_device
+    from mocosfl.network.client import Client, take_part
+    from mocosfl.network.worker import TorchWorker
+
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    torch.set_num_threads(given.threads)
+    client = Client(given.join, TorchWorker(given.data, choose_device(given.device), say), say)
+    try:
+        take_part(client)
+    finally:
+        traffic = client.traffic
+        say(
+            f"{client.steps:,} steps; {traffic.sent / 1e6:,.2f} MB sent and {traffic.received / 1e6:,.2f} MB received "
+            f"across the socket; tensors alone are {traffic.tensors_sent / 1e6:,.2f} and "
+            f"{traffic.tensors_received / 1e6:,.2f} MB"
+        )
+    say("the run is over")
+    return 0
+
+
+def _positional(args: Sequence[str], flag: str) -> list[str]:
+    """A first argument that is no flag, as the value of ``flag``."""
+    return [flag, *args] if args and not args[0].startswith("-") else list(args)
+
+
+def _enroll(args: Sequence[str]) -> int:
+    given = tyro.cli(EnrollArguments, prog="mocosfl enroll", args=args)
+    from mocosfl.network.enrolment import Registry
+
+    numbers: list[int] = []
+    for text in given.clients:
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text)
+        if not match or (match[2] and int(match[2]) < int(match[1])):
+            raise SettingError(f"clients={text}: expected a number such as 7, or a range such as 0-99")
+        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    registry = Registry(given.file)
+    if given.revoke:
+        registry.strike_off(numbers)
+        console.print(f"{given.file}: {len(registry)} clients are enrolled", highlight=False, soft_wrap=True)
+        return 0
+    if given.out is not None:
+        given.out.mkdir(parents=True, exist_ok=True)
+    tokens = registry.enrol(numbers)
+    for number, token in tokens.items():
+        if given.out is None:
+            print(token)
+        else:
+            path = given.out / f"client-{number}.token"
+            path.unlink(missing_ok=True)
+            with open(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+                file.write(token + "\n")
+    errors.print(f"{given.file}: {len(registry)} clients are enrolled", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -262,6 +386,9 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "pretrain": (_pretrain, "train a client half that resists inversion, before any client takes part"),
     "evaluate": (_evaluate, "kNN and linear probe of a finished run"),
     "attack": (_attack, "what the server could see of a client's images: reconstructions and scores"),
+    "serve": (_serve, "train with clients that join over the network"),
+    "join": (_join, "be such a client"),
+    "enroll": (_enroll, "give clients tokens to join with"),
     "recipes": (_recipes, "list the named configurations"),
     "partition": (_partition, "print and draw the split of the images over the clients"),
 }

@@ -28,7 +28,7 @@ from mocosfl.distributed import World
 from mocosfl.models.side_by_side import SideBySide, Stack
 from mocosfl.privacy.defences import Defence
 from mocosfl.randomness import PROTECT, bits
-from mocosfl.sync import fedavg
+from mocosfl.sync import averaging, fedavg
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,10 @@ class Latents:
     learning: bool = True
 
 
+class Stopped(Exception):
+    """The run was asked to end while a cohort waited for its clients."""
+
+
 class Cohort(Protocol):
     """Every client of a run, wherever it is."""
 
@@ -60,7 +64,11 @@ class Cohort(Protocol):
         """Start a round with these clients, (P,) int64. Clients outside the pool hold what they were last handed."""
 
     def forward(self) -> Latents:
-        """Let every active client draw images, make two views and run its halves on them."""
+        """Let every active client draw images, make two views and run its halves on them.
+
+        Raises:
+            Stopped: the run was asked to end before the latents were there.
+        """
 
     def backward(self, gradients: Tensor, lr: float) -> dict[str, Tensor]:
         """Hand each client the gradient at its query latents; each takes a step at this rate.
@@ -164,6 +172,7 @@ class _Simulated(ABC):
         self.views = Views(config, images, sampler, device, self.world)
         self.mean, self.std = mean.to(device), std.to(device)
         self.pool = np.arange(config.pool)
+        self.secret = config.seed  # of what a defence draws; a client on another machine has one that nobody knows
         self._set_up(half)
 
     @abstractmethod
@@ -177,7 +186,7 @@ class _Simulated(ABC):
             return query, key
         step = int(self.sampler.drawn.sum())
         for place, piece in enumerate(pair := [query, key]):
-            seed = int(bits(self.config.seed, PROTECT, step, place, self.world.rank) >> np.uint64(1))
+            seed = int(bits(self.secret, PROTECT, step, place, self.world.rank) >> np.uint64(1))
             pair[place] = self.defence.protect(piece.flatten(0, 1), seed).view_as(piece)
         return pair[0], pair[1]
 
@@ -206,6 +215,7 @@ class LocalCohort(_Simulated):
         self.contributed = np.zeros(config.pool, dtype=np.int64)
         self.identical = (
             config.sync.every == 1
+            and config.sync.average == "fedavg"
             and config.pool == config.clients.number
             and config.model.client_norm == "group"  # BatchNorm would mix the clients' statistics
             and self.sizes.min() == self.sizes.max()
@@ -338,6 +348,9 @@ class LocalCohort(_Simulated):
         if self.identical:
             return [stack[0] for stack in stacks]
         images = self.contributed if self.contributed.any() else np.ones_like(self.contributed)
+        if self.config.sync.average != "fedavg":  # no sum of the processes' parts
+            combine, everyone = averaging(self.config.sync), upload(images.astype(np.float32), self.device)
+            return [combine(self._everyone(stack), everyone) for stack in stacks]
         own = images[self.seats]
         weights = upload(own.astype(np.float32), self.device)
         means = [fedavg(stack, weights) * (own.sum() / images.sum()) for stack in stacks]
@@ -347,11 +360,36 @@ class LocalCohort(_Simulated):
     @torch.no_grad()
     def average(self) -> dict[str, Tensor]:
         """The average client half as a state dict; changes nothing."""
-        half = self.online.weights | self.online.statistics
+        return self._average(self.online)
+
+    def _average(self, side: SideBySide) -> dict[str, Tensor]:
+        half = side.weights | side.statistics
         averaged = [name for name, stack in half.items() if stack.is_floating_point()]
         means = self._means([half[name] for name in averaged])
         counters = {name: stack[0] for name, stack in half.items()}  # of batches: alike on all clients
         return counters | dict(zip(averaged, means, strict=True))
+
+    @torch.no_grad()
+    def halves(self) -> dict[str, Tensor]:
+        """The average of either half, ``online.NAME`` and ``momentum.NAME``; changes nothing."""
+        sides = {"online": self.online, "momentum": self.momentum}
+        return {f"{kind}.{name}": t for kind, side in sides.items() for name, t in self._average(side).items()}
+
+    @torch.no_grad()
+    def take_over(self, halves: Mapping[str, Tensor], restart: bool) -> None:
+        """Give every active client these halves.
+
+        Args:
+            halves: as ``halves`` returns them; those left out stay as they are.
+            restart: set the optimiser's momentum to zero.
+        """
+        for kind, side in (("online", self.online), ("momentum", self.momentum)):
+            for name, stack in (side.weights | side.statistics).items():
+                if (tensor := halves.get(f"{kind}.{name}")) is not None:
+                    stack.copy_(tensor.expand_as(stack))
+        if restart:
+            for velocity in self.velocity.values():
+                velocity.zero_()
 
     def _stacks(self) -> dict[str, Stack]:
         return {
@@ -427,6 +465,14 @@ class FrozenCohort(_Simulated):
     def average(self) -> dict[str, Tensor]:
         """The half as a state dict."""
         return self.half.state_dict()
+
+    def halves(self) -> dict[str, Tensor]:
+        """The half, ``online.NAME``."""
+        return {f"online.{name}": tensor for name, tensor in self.average().items()}
+
+    def take_over(self, halves: Mapping[str, Tensor], restart: bool) -> None:
+        """Replace the half by another, as ``halves`` returns it. There is no optimiser to restart."""
+        self.half.load_state_dict({name.removeprefix("online."): tensor for name, tensor in halves.items()})
 
     def state_dict(self) -> dict[str, Any]:
         """The half, the pool and the counters."""

@@ -222,6 +222,12 @@ class SyncSettings(Settings):
     """Steps between two averages; 0: only where a round or the run ends."""
     momentum: bool = True
     """Average the momentum copies too (MonAcoSFL, 2024). Off, as published, they are left as they are."""
+    average: Literal["fedavg", "median", "trimmed_mean"] = "fedavg"
+    """fedavg: mean, weighted by the images that each client contributed. The others bound what a few bad clients can
+    do, and count all clients alike (Yin et al., 2018). median: of each number. trimmed_mean: of each number, without
+    the smallest and largest."""
+    trim: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    """Share of the clients that trimmed_mean leaves out at either end."""
 
 
 class DefenceSettings(Settings):

@@ -9,7 +9,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,27 +20,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
-from mocosfl.callbacks import Checkpoints, CollapseGuard, MetricsLog, Monitor, ProgressLine
+from mocosfl.callbacks import Checkpoints, CollapseGuard, MetricsLog, Monitor, NetworkLog, ProgressLine
 from mocosfl.clients import FrozenCohort, LocalCohort
 from mocosfl.compute import keep_freed_memory
-from mocosfl.config import ClientSettings, Config, EvaluationSettings
-from mocosfl.data.federation import Federation, federate
-from mocosfl.data.images import ImageSet, channel_statistics, upload
-from mocosfl.data.sources import Splits, balanced, load
+from mocosfl.config import ClientSettings, Config
+from mocosfl.data.federation import Federation, Guests, federate
+from mocosfl.data.images import channel_statistics
+from mocosfl.data.sources import load
 from mocosfl.distributed import World, joined
 from mocosfl.encoder import Encoder, load_encoder, load_head, save_weights
 from mocosfl.errors import ReportedElsewhere, RunError, SettingError
-from mocosfl.evaluation import extract, knn_accuracy, linear_probe
 from mocosfl.models import build_head
 from mocosfl.models.heads import WIDTHS
 from mocosfl.models.resnet import stem_for
+from mocosfl.network.cohort import RemoteCohort
 from mocosfl.privacy.defences import defence_of
 from mocosfl.privacy.mixture import Mixture, fingerprints, mix
-from mocosfl.randomness import stream
 from mocosfl.reporting.curve import draw_curve
 from mocosfl.run import Run
+from mocosfl.scoring import final_figures, held_out_knn
 from mocosfl.server import Server
 from mocosfl.trainer import Callback, Trainer
 
@@ -113,11 +113,7 @@ def train(
         DataError: the images cannot be used.
         RunError: the run folder cannot be used, or training had to stop; what was kept is named.
     """
-    if config.clients.frozen and config.clients.init is None and not resume:
-        raise SettingError(
-            "clients.frozen=True: frozen clients need a trained half to start from; name the run that has it by "
-            "clients.init (mocosfl pretrain makes one)"
-        )
+    check_frozen(config, resume)
     return _start("train", config, out, federate, resume, overwrite, callbacks, console)
 
 
@@ -148,6 +144,15 @@ def pretrain(
         RunError: the run folder cannot be used, or training collapsed or had to stop; what was kept is named.
     """
     return _start("pretrain", config, out, mix, resume, overwrite, callbacks, console)
+
+
+def check_frozen(config: Config, resume: bool) -> None:
+    """Raises ``SettingError`` where frozen clients have nothing to start from."""
+    if config.clients.frozen and config.clients.init is None and not resume:
+        raise SettingError(
+            "clients.frozen=True: frozen clients need a trained half to start from; name the run that has it by "
+            "clients.init (mocosfl pretrain makes one)"
+        )
 
 
 def pretraining(config: Config) -> Config:
@@ -197,7 +202,7 @@ def _start(
             stack.enter_context(run.locked())
             run.check_data(_data_facts(command, config, federation, parts))
             if started is None:
-                run.write_fingerprints(_seen(config, federation))
+                run.write_fingerprints(seen(config, federation))
 
         world.first(check)
         federation = world.lead(lambda: gather(config, say))
@@ -206,13 +211,13 @@ def _start(
         # what does not fit fails here, before the folder is touched
         parts = world.lead(lambda: build(own, federation, device, world, started))
         world.first(begin)
-        return _train(command, own, run, federation, parts, callbacks, console, say)
+        return run_to_end(command, own, run, federation, parts, callbacks, console, say)
 
 
 @dataclass(frozen=True)
 class Parts:
     encoder: Encoder
-    cohort: LocalCohort | FrozenCohort
+    cohort: LocalCohort | FrozenCohort | RemoteCohort
     server: Server
     device: torch.device
     world: World
@@ -250,13 +255,8 @@ def build(
         torch.compiler.reset()  # or the shapes of earlier runs count against its limit of recompilations
     images = federation.splits.train.to(device)
     mean, std = channel_statistics(images, federation.train_rows)
-    encoder = Encoder(config.model, images.shape[0], images.shape[-1], config.seed)
     of_input = (mean, std) if not facts or "input" not in facts else facts["input"]
-    for buffer, numbers in zip((encoder.mean, encoder.std), of_input, strict=True):
-        buffer.copy_(torch.tensor(numbers))
-    head = build_head(config.model.head, encoder.features, config.seed)
-    if config.clients.init is not None and not facts:
-        _start_from(config, encoder, head)
+    encoder, head = networks(config, images.shape[0], images.shape[-1], fresh=not facts, of_input=of_input)
     encoder.to(device)
     sampler, shapes = federation.sampler(config.seed), (encoder.latent_shape, images.shape)
     kind = FrozenCohort if config.clients.frozen else LocalCohort
@@ -273,6 +273,24 @@ def build(
     )
     server = Server(encoder.server, head, config, WIDTHS[config.model.head], device, world)
     return Parts(encoder, cohort, server, device, world, (list(mean), list(std)))
+
+
+def networks(
+    config: Config,
+    channels: int,
+    size: int,
+    fresh: bool,
+    of_input: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> tuple[Encoder, nn.Module]:
+    """Encoder and head in their initial state, or that of ``clients.init`` if the run is a fresh one."""
+    encoder = Encoder(config.model, channels, size, config.seed)
+    if of_input is not None:
+        for buffer, numbers in zip((encoder.mean, encoder.std), of_input, strict=True):
+            buffer.copy_(torch.tensor(numbers))
+    head = build_head(config.model.head, encoder.features, config.seed)
+    if config.clients.init is not None and fresh:
+        _start_from(config, encoder, head)
+    return encoder, head
 
 
 def _start_from(config: Config, encoder: Encoder, head: nn.Module) -> None:
@@ -306,7 +324,7 @@ def _start_from(config: Config, encoder: Encoder, head: nn.Module) -> None:
         head.load_state_dict(load_head(run.path))
 
 
-def _seen(config: Config, federation: Federation) -> NDArray[np.uint64]:
+def seen(config: Config, federation: Federation | None) -> NDArray[np.uint64]:
     """Fingerprints of the images that the server has seen when the clients start: those of its pre-training."""
     if isinstance(federation, Mixture):
         train = federation.splits.train
@@ -314,7 +332,7 @@ def _seen(config: Config, federation: Federation) -> NDArray[np.uint64]:
     return np.zeros(0, np.uint64) if config.clients.init is None else Run.open(config.clients.init).fingerprints()
 
 
-def _train(
+def run_to_end(
     command: str,
     config: Config,
     run: Run,
@@ -323,17 +341,32 @@ def _train(
     callbacks: tuple[Callback, ...],
     console: Console,
     say: Callable[[str], None],
+    metrics_port: int | None = None,
 ) -> Result:
-    """From the initial state or the latest checkpoint to the end of the run."""
+    """From the initial state or the latest checkpoint to the end of the run.
+
+    Args:
+        command: that the run is of.
+        config: all settings.
+        run: its folder, locked.
+        federation: the images, and who holds them.
+        parts: in their initial state.
+        callbacks: called after the built-in ones.
+        console, say: where progress and messages go.
+        metrics_port: of Prometheus, for clients over the network.
+    """
     encoder, cohort, world = parts.encoder, parts.cohort, parts.world
     first = world.rank == 0
     log, line = MetricsLog(run), ProgressLine(console)
-    monitor = Monitor(log if first else None, _monitor(config, federation, parts))
+    monitor = Monitor(log if first else None, held_out_knn(config, federation, encoder, cohort.average, world))
     built_in: list[Callback] = [log] if first else []
     if len(federation.held_out):
         built_in.append(monitor)
     if command == "pretrain":
         built_in.append(CollapseGuard())  # before a checkpoint is written
+    network = NetworkLog(log, cohort, console, metrics_port) if isinstance(cohort, RemoteCohort) else None
+    if network is not None:
+        built_in.append(network)
     built_in += [Checkpoints(run), line] if first else [Checkpoints(run)]
     trainer = Trainer(config, cohort, parts.server, federation.epoch_images, [*built_in, *callbacks], world)
     if (state := world.first(lambda: run.load_checkpoint(say))) is not None:
@@ -341,7 +374,7 @@ def _train(
         say(f"resuming {run.path} at step {trainer.step} of {trainer.steps}")
     say(_describe(config, federation, encoder, trainer))
     try:
-        with _stop_on_signal(trainer), contextlib.closing(line):
+        with _stop_on_signal(trainer), contextlib.closing(line), contextlib.closing(network or line):
             trainer.run()
         encoder.client.load_state_dict(cohort.average())
         encoder.eval()
@@ -359,7 +392,7 @@ def _train(
             what = "pre-training" if isinstance(federation, Mixture) else f"{config.clients.number} clients"
             draw_curve(list(run.metrics()), run.path / "curve.png", f"{config.recipe}: {what}")
         began = time.monotonic()
-        metrics |= _evaluate(config, federation.scored, encoder, say, world)
+        metrics |= final_figures(config, federation.scored, encoder, say, world)
         metrics["evaluation_seconds"] = round(time.monotonic() - began, 1)
         cuda = parts.device.type == "cuda"
         metrics["device"] = torch.cuda.get_device_name(parts.device) if cuda else platform.machine()
@@ -431,107 +464,10 @@ def evaluate(path: str | Path, console: Console | None = None, device: str = "au
     chosen = choose_device(device)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     splits = load(run.config.data, run.config.seed, say)
-    metrics = _evaluate(run.config, splits, encoder.to(chosen), say, World())
+    metrics = final_figures(run.config, splits, encoder.to(chosen), say, World())
     if metrics:
         run.write_json("evaluation.json", metrics)
     return metrics
-
-
-def _evaluate(
-    config: Config, splits: Splits, encoder: Encoder, say: Callable[[str], None], world: World
-) -> dict[str, Any]:
-    """kNN before and after training, and linear probe, with all training images as bank and the whole test set."""
-    train, test = splits.train, splits.test
-    if train.labels is None or train.classes is None or test is None or test.labels is None:
-        say("evaluation: it needs training and test images with labels, and is skipped")
-        return {}
-    device, settings, classes = encoder.mean.device, config.evaluation, len(train.classes)
-    untrained = Encoder(config.model, encoder.channels, encoder.size, config.seed).to(device)
-    untrained.mean.copy_(encoder.mean)
-    untrained.std.copy_(encoder.std)
-    train_labels, test_labels = upload(train.labels, device), upload(test.labels, device)
-
-    def features(model: Encoder) -> tuple[Tensor, Tensor]:
-        bank, queries = (
-            _features(model, split, np.arange(len(split)), settings.batch, world) for split in (train, test)
-        )
-        return bank, queries
-
-    def knn(bank: Tensor, queries: Tensor) -> float:
-        return _knn(bank, train_labels, queries, test_labels, settings, classes, world)
-
-    bank, queries = features(encoder)
-    metrics: dict[str, Any] = {
-        "bank_images": len(train),
-        "test_images": len(test),
-        "knn_untrained": knn(*features(untrained)),
-        "knn": knn(bank, queries),
-    }
-    if settings.probe_epochs:
-        probe = world.first(
-            lambda: linear_probe(
-                bank,
-                train_labels,
-                queries,
-                test_labels,
-                classes,
-                settings.probe_epochs,
-                settings.probe_lr,
-                stream(config.seed, "probe"),
-            )
-        )
-        metrics |= {"linear_probe": probe.accuracy, "linear_probe_train": probe.train_accuracy}
-    return metrics
-
-
-def _monitor(config: Config, federation: Federation, parts: Parts) -> Callable[[], float]:
-    """kNN accuracy, in percent, of the average client half and the server half as they stand.
-
-    The queries are the held-out images, the bank is some of the clients' images, every class alike.
-    """
-    images, settings, encoder, world = federation.splits.train, config.evaluation, parts.encoder, parts.world
-    if images.labels is None or images.classes is None:
-        return lambda: float("nan")  # there are no held-out images either
-    count = min(settings.monitor_bank, len(federation.train_rows))
-    rng = np.random.default_rng(stream(config.seed, "bank"))
-    rows = (balanced(federation.train_rows, images.labels, count, rng), federation.held_out)
-    bank_labels, query_labels = (upload(images.labels[part], parts.device) for part in rows)
-    classes = len(images.classes)
-
-    def knn() -> float:
-        encoder.client.load_state_dict(parts.cohort.average())
-        bank, queries = (_features(encoder, images, part, settings.batch, world) for part in rows)
-        return _knn(bank, bank_labels, queries, query_labels, settings, classes, world)
-
-    return knn
-
-
-def _features(encoder: Encoder, images: ImageSet, rows: NDArray[np.int64], batch: int, world: World) -> Tensor:
-    """(len(rows), D) features; every process computes a share of them and has all of them."""
-    device = encoder.mean.device
-    own = rows[world.share(len(rows))]
-    batches = (images.take(own[start : start + batch], device).float() / 255 for start in range(0, len(own), batch))
-    features = extract(encoder, batches) if len(own) else torch.zeros(0, encoder.features, device=device)
-    return world.gather(features, world.lengths(len(rows)))
-
-
-def _knn(
-    bank: Tensor,
-    bank_labels: Tensor,
-    queries: Tensor,
-    labels: Tensor,
-    settings: EvaluationSettings,
-    classes: int,
-    world: World,
-) -> float:
-    """kNN accuracy in percent; every process asks for a share of the queries."""
-    own = world.share(len(queries))
-    correct = torch.zeros((), dtype=torch.float64)
-    if count := own.stop - own.start:
-        share = knn_accuracy(bank, bank_labels, queries[own], labels[own], settings.k, settings.temperature, classes)
-        correct += round(share / 100 * count)
-    world.add([correct])
-    return 100 * float(correct) / len(queries)
 
 
 def _describe(config: Config, federation: Federation, encoder: Encoder, trainer: Trainer) -> str:
@@ -543,6 +479,14 @@ def _describe(config: Config, federation: Federation, encoder: Encoder, trainer:
             f"server:  {model.backbone} of width {model.width} cut after {model.cut}, latents "
             f"{'x'.join(map(str, encoder.latent_shape))}, {trainer.steps} steps of {config.step_images} images on "
             f"{trainer.server.device}"
+        )
+    if isinstance(federation, Guests):
+        return (
+            f"clients: {federation.joined} of at most {config.clients.number} have joined, with "
+            f"{federation.images:,} images; batch {config.clients.batch}; latents "
+            f"{'x'.join(map(str, encoder.latent_shape))}\n"
+            f"server:  {model.backbone} of width {model.width} cut after {model.cut}, {trainer.steps} steps of "
+            f"up to {config.step_images} images on {trainer.server.device}"
         )
     kind = {
         "iid": "IID",

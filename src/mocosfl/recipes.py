@@ -41,7 +41,7 @@ def digits() -> Config:
     """The demo: scikit-learn's 1,797 handwritten digits, 100 clients with two kinds of digits each, batch 1."""
     return Config(
         recipe="digits",
-        data=DataSettings(source="digits", channels=1, held_out=0.1),
+        data=DataSettings(source="digits", size=8, channels=1, held_out=0.1),
         partition=PartitionSettings(kind="classes", classes_per_client=2),
         augment=AugmentSettings(crop_scale=(0.4, 1.0), blur_p=0, flip_p=0, grey_p=0),
         model=ModelSettings(width=16, server_norm="batch", head="small"),
@@ -57,7 +57,7 @@ def cifar10_small() -> Config:
     """For a CPU: 10,000 images of CIFAR-10, 100 clients with 2 classes each, batch 1, ResNet-18 of width 16."""
     return Config(
         recipe="cifar10-small",
-        data=DataSettings(source="cifar10", images=10_000, held_out=0.05),
+        data=DataSettings(source="cifar10", size=32, images=10_000, held_out=0.05),
         augment=AugmentSettings(crop_scale=(0.2, 1.0), blur_p=0),
         model=ModelSettings(width=16, server_norm="batch"),
         contrast=ContrastSettings(symmetric=False),
@@ -96,7 +96,7 @@ def published(source: str, number: int, kind: str, cut: int = 1) -> Config:
     name = f"{source}-{kind}-{number}" + ("" if cut == 1 else f"-cut{cut}")
     return Config(
         recipe=name,
-        data=DataSettings(source=source, held_out=0.02),
+        data=DataSettings(source=source, size=32, held_out=0.02),
         partition=PartitionSettings(
             kind="iid" if kind == "iid" else "classes", classes_per_client=2 if source == "cifar10" else 20
         ),

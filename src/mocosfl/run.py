@@ -12,6 +12,7 @@
     seen.npy             fingerprints of the images that the server saw before the clients started
     curve.png            loss, contrast accuracy and kNN over the run
     result.json          the figures at the end; evaluation.json those of `mocosfl evaluate`
+    events.jsonl         of `mocosfl serve`: joins, refusals, late clients and so on, with client and address
     privacy.json         what `mocosfl attack` found; reconstructions.png shows it
 """
 
@@ -55,6 +56,9 @@ FILES = (
     "evaluation.json",
     "privacy.json",
     "reconstructions.png",
+    "events.jsonl",
+    "events.jsonl.1",
+    "events.jsonl.2",
     ".lock",
 )
 """What a run writes."""
@@ -217,7 +221,7 @@ class Run:
 
     @property
     def command(self) -> str:
-        """The command that makes and resumes this run: train or pretrain."""
+        """The command that makes and resumes this run: train, pretrain or serve."""
         return (self.data_facts() or {}).get("kind", "train")
 
     def log(self, record: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mocosfl.clients import Cohort
+from mocosfl.clients import Cohort, Stopped
 from mocosfl.config import Config
 from mocosfl.data.sampler import pool_of_round
 from mocosfl.distributed import World
@@ -90,7 +90,10 @@ class Trainer:
                 self.cohort.activate(self._pool(self.step // self.round_steps))
             self.rates = server_lr, client_lr = self._learning_rates()
 
-            latents = self.cohort.forward()
+            try:
+                latents = self.cohort.forward()
+            except Stopped:
+                break
             gradients, metrics = self.server.step(latents, server_lr)
             if gradients is not None:
                 metrics |= self.cohort.backward(gradients, client_lr)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from mocosfl.config import Config
 from mocosfl.data.partition import Partition, partition
@@ -47,6 +50,24 @@ class Federation:
         return ClientSampler(self.partition, seed)
 
 
+@dataclass(frozen=True)
+class Guests(Federation):
+    """Images that stay with clients elsewhere. ``splits`` are the server's own, to evaluate on; they may be none.
+
+    Attributes:
+        images: of all clients.
+        joined: clients, when the run began or went on.
+    """
+
+    images: int
+    joined: int
+
+    @property
+    def epoch_images(self) -> int:
+        """Images of one epoch: the clients'."""
+        return self.images
+
+
 def federate(config: Config, say: Callable[[str], None]) -> Federation:
     """Load the images, set the held-out slice aside, and spread the rest over the clients.
 
@@ -75,6 +96,29 @@ def federate(config: Config, say: Callable[[str], None]) -> Federation:
             f"in a step, and one of them holds only {fewest}"
         )
     return Federation(splits, rows, held_out, held)
+
+
+def export(federation: Federation, folder: Path) -> list[Path]:
+    """Write every client's images as PNG files, ``client-NUMBER/00000.png`` and so on, in the client's own order.
+
+    Args:
+        federation: the images and who holds them.
+        folder: where to write; client folders in it are replaced.
+
+    Returns:
+        The clients' folders.
+    """
+    folders = []
+    for client in range(len(federation.partition)):
+        target = folder / f"client-{client}"
+        if target.exists():
+            shutil.rmtree(target)
+        target.mkdir(parents=True)
+        pixels = federation.splits.train.gather(federation.partition.client(client))
+        for number, image in enumerate(pixels):
+            Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(target / f"{number:05}.png")
+        folders.append(target)
+    return folders
 
 
 def set_aside(

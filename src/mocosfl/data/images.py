@@ -121,6 +121,28 @@ def channel_statistics(images: ImageSet, rows: NDArray[np.int64]) -> tuple[tuple
     """
     if len(rows) == 0:
         raise ValueError("statistics of no images: rows is empty")
+    _, height, width = images.shape
+    counts = _counts(images, rows)
+    values = np.arange(256) / 255
+    pixels = len(rows) * height * width
+    mean = counts @ values / pixels
+    variance = (counts * (values - mean[:, None]) ** 2).sum(axis=1) / pixels
+    std = np.maximum(np.sqrt(variance), 1 / 255)
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def channel_sums(images: ImageSet, rows: NDArray[np.int64]) -> tuple[list[int], list[int]]:
+    """Sum of each channel's pixels, 0 to 255, and of their squares, over the given images.
+
+    Args:
+        images, rows: as for ``channel_statistics``.
+    """
+    counts, values = _counts(images, rows), np.arange(256)
+    return (counts @ values).tolist(), (counts @ values**2).tolist()
+
+
+def _counts(images: ImageSet, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How often each channel has each value: (C, 256)."""
     channels, height, width = images.shape
     step = max(1, CHUNK // (channels * height * width))
     counts = np.zeros((channels, 256), dtype=np.int64)
@@ -129,9 +151,4 @@ def channel_statistics(images: ImageSet, rows: NDArray[np.int64]) -> tuple[tuple
         chunk = images.gather(ordered[start : start + step])
         for channel in range(channels):
             counts[channel] += np.bincount(chunk[:, channel].ravel(), minlength=256)
-    values = np.arange(256) / 255
-    pixels = len(rows) * height * width
-    mean = counts @ values / pixels
-    variance = (counts * (values - mean[:, None]) ** 2).sum(axis=1) / pixels
-    std = np.maximum(np.sqrt(variance), 1 / 255)
-    return tuple(mean.tolist()), tuple(std.tolist())
+    return counts

@@ -72,16 +72,37 @@ def load(settings: DataSettings, seed: int, say: Callable[[str], None] = print) 
     """
     splits = _find(settings, say)
     chosen = _choose(splits, settings)
-    make = partial(_decode, [split.read for split in chosen], settings, say)
-    if settings.source == "digits":
-        decoded = make(None)
-    else:
-        names = {"size", "channels", "image_column", "label_column", "skip_corrupt"}
-        key = [[split.stamp for split in chosen], settings.model_dump(include=names), PIL.__version__]
-        decoded = cached(key, make, say)
-    for line in decoded.said:
-        say(line)
-    return _divide(decoded, settings, seed, say)
+    return _divide(_decoded(chosen, settings, say), settings, seed, say)
+
+
+def load_unlabelled(settings: DataSettings, say: Callable[[str], None] = print) -> ImageSet:
+    """Decode all images of a source's training split; labels, if there are any, are not looked at.
+
+    Args:
+        settings: what to load. Nothing is set aside for test.
+        say: as for ``load``.
+
+    Raises:
+        DataError, SettingError: as ``load``.
+    """
+    decoded = _decoded([_training_split(settings, say)], settings, say)
+    pixels = decoded.pixels[0]
+    if isinstance(pixels, np.memmap) and pixels.nbytes / 2**30 <= settings.memory:
+        return ImageSet(np.array(pixels))
+    return ImageSet(pixels)
+
+
+def count_images(source: str, say: Callable[[str], None] = print) -> int:
+    """Images in a source's training split, before any is decoded.
+
+    Raises:
+        DataError, SettingError: as ``load``.
+    """
+    return _training_split(DataSettings(source=source), say).read().count
+
+
+def _training_split(settings: DataSettings, say: Callable[[str], None]) -> Split:
+    return _choose(_find(settings, say), settings)[0]
 
 
 def _find(settings: DataSettings, say: Callable[[str], None]) -> dict[str, Split]:
@@ -129,6 +150,20 @@ def _choose(splits: dict[str, Split], settings: DataSettings) -> list[Split]:
     elif test == train:
         raise SettingError(f"data.test_split={test}: that is the training split, data.train_split, too")
     return [splits[name] for name in (train, test) if name is not None]
+
+
+def _decoded(chosen: list[Split], settings: DataSettings, say: Callable[[str], None]) -> Decoded:
+    """The splits' images, from the cache if they are there."""
+    make = partial(_decode, [split.read for split in chosen], settings, say)
+    if settings.source == "digits":
+        decoded = make(None)
+    else:
+        names = {"size", "channels", "image_column", "label_column", "skip_corrupt"}
+        key = [[split.stamp for split in chosen], settings.model_dump(include=names), PIL.__version__]
+        decoded = cached(key, make, say)
+    for line in decoded.said:
+        say(line)
+    return decoded
 
 
 def _decode(

@@ -1,0 +1,344 @@
+"""A client's side of the conversation: joins, obeys orders, and comes back when the connection is lost.
+
+What the client computes is a ``Worker``'s business; nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from mocosfl import __version__
+from mocosfl.errors import MocosflError, RunError, SettingError
+from mocosfl.network.protocol_pb2 import (
+    ClientMessage,
+    Goodbye,
+    Heartbeat,
+    Join,
+    Latents,
+    Order,
+    Ready,
+    ServerMessage,
+    Welcome,
+)
+from mocosfl.network.settings import JoinSettings, address, is_own
+from mocosfl.network.sockets import bytes_of_connections
+from mocosfl.network.wire import (
+    METHOD,
+    PROTOCOL,
+    Refused,
+    Violation,
+    channel_options,
+    describe,
+    from_server,
+    goodbye,
+    pack,
+    pack_weights,
+    unpack,
+    unpack_weights,
+)
+
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
+"""Seconds before a lost connection is tried again: the first time, and at most."""
+LARGEST = 2**30
+"""Bytes of the largest message that the server may send: weights of a client half."""
+HELLO_SECONDS = 20.0
+"""A server that has not said anything by then is not one."""
+
+
+class Worker(Protocol):
+    """What a client computes. All methods may take long; they are called one at a time, in a thread."""
+
+    images: int
+    """That the client holds."""
+    capabilities: tuple[str, ...]
+    """``learn``, ``forward``."""
+
+    def prepare(self, welcome: Welcome) -> tuple[int, list[int], list[int]]:
+        """Decode the images and build the half. Returns the number of images, and each channel's sum and sum of
+        squares of all pixels, 0 to 255."""
+
+    def specification(self, names: frozenset[str]) -> Mapping[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of the weights of these names. Raises ``Violation`` for a name that it does not know."""
+
+    def take(self, weights: Mapping[str, NDArray], restart: bool) -> None:
+        """Take weights over; forget the optimiser's momentum if ``restart``."""
+
+    def draw(self, step: int, first: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Query and key latents, (V, B, ...), of the images that draws from ``first`` on fall on."""
+
+    def learn(self, step: int, gradient: NDArray[np.float32], lr: float) -> None:
+        """One step with the gradient at the query latents of that step."""
+
+    def weights(self) -> Mapping[str, NDArray]:
+        """The weights that are averaged, by name."""
+
+
+@dataclass
+class Traffic:
+    """Bytes of one client.
+
+    Attributes:
+        sent, received: across the socket, as the operating system counts them: TLS, HTTP/2 and all. Without TCP's own
+            headers. Zero where it does not tell.
+        tensors_sent, tensors_received: of numbers alone.
+    """
+
+    sent: int = 0
+    received: int = 0
+    tensors_sent: int = 0
+    tensors_received: int = 0
+
+
+@dataclass(eq=False)
+class Client:
+    """One client.
+
+    Args:
+        settings: where the server is, and how to reach it.
+        worker: computes.
+        say: told what happens, a line each.
+
+    Attributes:
+        traffic: bytes so far.
+        steps: latents sent so far.
+    """
+
+    settings: JoinSettings
+    worker: Worker
+    say: Callable[[str], None]
+    traffic: Traffic = field(default_factory=Traffic)
+    steps: int = 0
+    _ready: bool = False
+
+    def run(self) -> None:
+        """Take part until the run is over.
+
+        Raises:
+            RunError: the server does not want this client, or was not there for ``give_up`` seconds.
+            KeyboardInterrupt: Ctrl-C; the server has been told.
+        """
+        asyncio.run(self.take_part())
+
+    async def take_part(self) -> None:
+        """``run``, in a loop that exists."""
+        wait, lost = FIRST_WAIT, time.monotonic()
+        while True:
+            self._ready = False
+            try:
+                await self._connect()
+                return
+            except Refused as refusal:
+                why = refusal.goodbye
+                if why.code not in (Goodbye.BUSY, Goodbye.STOPPED):
+                    raise RunError(f"the server at {self.settings.server} says: {why.reason}") from None
+                reason = why.reason
+            except Violation as error:
+                reason = str(error)
+            except grpc.RpcError as error:
+                reason = describe(error)
+                if "CERTIFICATE" in reason.upper():
+                    raise RunError(
+                        f"{self.settings.server}: the server's certificate is not accepted ({reason})"
+                    ) from error
+            if self._ready:
+                wait, lost = FIRST_WAIT, time.monotonic()
+            gone = time.monotonic() - lost
+            if self.settings.give_up is not None and gone > self.settings.give_up:
+                raise RunError(f"no run at {self.settings.server} for {gone:.0f} s: {reason}")
+            pause = wait * random.uniform(0.5, 1)
+            self.say(f"{self.settings.server}: {reason}; trying again in {pause:.1f} s")
+            await asyncio.sleep(pause)
+            wait = min(2 * wait, LONGEST_WAIT)
+
+    def _channel(self) -> grpc.aio.Channel:
+        settings = self.settings
+        host, _ = address(settings.server, "server")
+        options: list[tuple[str, Any]] = [*channel_options(LARGEST), ("grpc.use_local_subchannel_pool", 1)]
+        if settings.plain or (is_own(host) and settings.tls_ca is None):
+            return grpc.aio.insecure_channel(settings.server, options)
+
+        def read(path: Path | None, what: str) -> bytes | None:
+            try:
+                return None if path is None else path.read_bytes()
+            except OSError as error:
+                raise SettingError(f"{what}={path}: cannot be read: {error.strerror}") from error
+
+        credentials = grpc.ssl_channel_credentials(
+            read(settings.tls_ca, "tls_ca"), read(settings.tls_key, "tls_key"), read(settings.tls_cert, "tls_cert")
+        )
+        return grpc.aio.secure_channel(settings.server, credentials, options)
+
+    async def _connect(self) -> None:
+        """One connection, until the run is over.
+
+        Raises:
+            Refused: the server says goodbye for another reason.
+            Violation: it is no server of ours.
+            grpc.RpcError: the connection is lost.
+        """
+        _, port = address(self.settings.server, "server")
+        async with self._channel() as channel:
+            stream: Any = channel.stream_stream(METHOD)()
+            talk = _Talk(self, stream)
+            try:
+                await talk.hold()
+            except asyncio.CancelledError:
+                await talk.leave("the client stops")
+                raise
+            except MocosflError as error:  # such as images that cannot be decoded
+                await talk.leave(str(error))
+                raise
+            finally:
+                sent, received = bytes_of_connections(remote_port=port)
+                self.traffic.sent += sent
+                self.traffic.received += received
+                stream.cancel()
+
+
+class _Talk:
+    """One stream."""
+
+    def __init__(self, client: Client, stream: Any) -> None:
+        self.client, self.worker, self.stream = client, client.worker, stream
+        self._writing = asyncio.Lock()
+        self._written = time.monotonic()
+        self._drawn: tuple[int, tuple[int, ...]] | None = None  # step and shape whose gradient may come
+        self._beating: asyncio.Task[None] | None = None
+
+    async def hold(self) -> None:
+        try:
+            await self._join()
+            while True:
+                order = await self._next("order")
+                await self._obey(order.order)
+        except Refused as refusal:
+            if refusal.goodbye.code != Goodbye.FINISHED:
+                raise
+        finally:
+            if self._beating is not None:
+                self._beating.cancel()
+
+    async def leave(self, reason: str) -> None:
+        """Tell the server, if it still listens."""
+        with suppress(grpc.RpcError, asyncio.InvalidStateError, grpc.aio.UsageError, TimeoutError):
+            message = ClientMessage(goodbye=goodbye(Goodbye.STOPPED, reason))
+            await asyncio.wait_for(self._say(message), 2)
+            await asyncio.wait_for(self.stream.done_writing(), 2)
+
+    async def _join(self) -> None:
+        try:
+            hello = (await asyncio.wait_for(self._next("hello"), HELLO_SECONDS)).hello
+        except TimeoutError as error:
+            raise Violation(f"the server says nothing for {HELLO_SECONDS:g} s") from error
+        if hello.protocol != PROTOCOL:
+            raise Refused(
+                Goodbye.REFUSED,
+                f"it speaks protocol version {hello.protocol}, this client version {PROTOCOL} (mocosfl "
+                f"{hello.software[:20]} and {__version__})",
+            )
+        settings = self.client.settings
+        join = Join(
+            protocol=PROTOCOL,
+            nonce=hello.nonce,
+            client=settings.client,
+            token=settings.secret(),
+            images=self.worker.images,
+            capabilities=self.worker.capabilities,
+            software=__version__,
+        )
+        await self._say(ClientMessage(join=join))
+        welcome = (await self._next("welcome")).welcome
+        self._beating = asyncio.create_task(self._beat(welcome.heartbeat))
+        images, sums, squares = await asyncio.to_thread(self.worker.prepare, welcome)
+        await self._say(ClientMessage(ready=Ready(images=images, sums=sums, squares=squares)))
+        self.client._ready = True
+        self.client.say(f"joined {settings.server} as client {welcome.client} with {images:,} images")
+
+    async def _obey(self, order: Order) -> None:
+        traffic = self.client.traffic
+        if order.HasField("gradients"):
+            step = order.gradients.step
+            if self._drawn is None or step != self._drawn[0]:  # no gradient is ever applied twice
+                raise Violation(f"a gradient of step {step}, which is not the last one")
+            gradient = unpack(order.gradients.query, self._drawn[1], "float32", "gradient")
+            if not np.isfinite(gradient).all():
+                raise Violation("a gradient that is not finite")
+            self._drawn = None
+            traffic.tensors_received += gradient.nbytes
+            await asyncio.to_thread(self.worker.learn, step, gradient, order.gradients.lr)
+        if order.HasField("collect"):
+            weights = await asyncio.to_thread(self.worker.weights)
+            traffic.tensors_sent += sum(array.nbytes for array in weights.values())
+            await self._say(ClientMessage(weights=pack_weights(weights, order.collect.number)))
+        if order.HasField("weights"):
+            specification = self.worker.specification(frozenset(order.weights.tensors))
+            tensors = unpack_weights(order.weights, specification)
+            traffic.tensors_received += sum(array.nbytes for array in tensors.values())
+            await asyncio.to_thread(self.worker.take, tensors, order.weights.restart)
+        if order.HasField("draw"):
+            step = order.draw.step
+            query, key = await asyncio.to_thread(self.worker.draw, step, order.draw.first)
+            self._drawn = (step, query.shape)
+            traffic.tensors_sent += query.nbytes + key.nbytes
+            await self._say(ClientMessage(latents=Latents(step=step, query=pack(query), key=pack(key))))
+            self.client.steps += 1
+
+    async def _beat(self, seconds: float) -> None:
+        """Signs of life while there is nothing else to say."""
+        seconds = max(seconds, 0.05)
+        while True:
+            await asyncio.sleep(seconds)
+            if time.monotonic() - self._written > seconds / 2:
+                await self._say(ClientMessage(heartbeat=Heartbeat()))
+
+    async def _say(self, message: ClientMessage) -> None:
+        async with self._writing:
+            self._written = time.monotonic()
+            await self.stream.write(message.SerializeToString())
+
+    async def _next(self, kind: str) -> ServerMessage:
+        raw = await self.stream.read()
+        if raw is grpc.aio.EOF:
+            raise Violation("the server hung up")
+        message = from_server(raw)
+        found = message.WhichOneof("kind")
+        if found == "goodbye":
+            why = message.goodbye
+            raise Refused(why.code, why.reason)
+        if found != kind:
+            raise Violation(f"the server sent a {found} instead of a {kind}")
+        return message
+
+
+def take_part(client: Client) -> None:
+    """Run a client; Ctrl-C and SIGTERM tell the server before they end it.
+
+    Raises:
+        RunError: as ``Client.run``.
+        KeyboardInterrupt: it was asked to stop.
+    """
+
+    async def main() -> None:
+        task = asyncio.ensure_future(client.take_part())
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with suppress(NotImplementedError):  # Windows
+                loop.add_signal_handler(number, task.cancel)
+        try:
+            await task
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
+
+    asyncio.run(main())

@@ -1,0 +1,194 @@
+"""Numbers on the wire, and the checks that every message passes before it is used. Needs numpy, not torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grpc
+import numpy as np
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+
+from mocosfl.network.protocol_pb2 import ClientMessage, Goodbye, ServerMessage, Tensor, Weights
+
+PROTOCOL = 1
+"""Version of the protocol. Peers of another version are refused."""
+
+METHOD = "/mocosfl.v1.Federation/Session"
+
+SLACK = 64 * 2**10
+"""Bytes of a message that are not numbers of latents, gradients or weights, at most."""
+
+DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "int64": np.dtype("<i8")}
+
+Specification = Mapping[str, tuple[tuple[int, ...], str]]
+"""Shape and dtype of every tensor by name."""
+
+
+class Violation(Exception):
+    """A peer broke a rule of the protocol; the message says which."""
+
+
+def pack(array: NDArray) -> Tensor:
+    """An array as a message.
+
+    Args:
+        array: float32 or int64, of any shape.
+
+    Raises:
+        TypeError: another dtype.
+    """
+    name = array.dtype.name
+    if name not in DTYPES:
+        raise TypeError(f"{name} does not travel; accepted are {', '.join(DTYPES)}")
+    return Tensor(dtype=name, shape=array.shape, data=np.ascontiguousarray(array, DTYPES[name]).tobytes())
+
+
+def unpack(message: Tensor, shape: Sequence[int], dtype: str, what: str) -> NDArray:
+    """A message as an array of the shape and dtype that are expected.
+
+    Args:
+        message: as it was received.
+        shape, dtype: as it has to be.
+        what: names it in the error.
+
+    Returns:
+        A read-only array over the message's bytes.
+
+    Raises:
+        Violation: shape, dtype or length is another.
+    """
+    kind = DTYPES[dtype]
+    if message.dtype != dtype:
+        raise Violation(f"{what}: dtype {message.dtype[:20]!r} instead of {dtype}")
+    if list(message.shape) != list(shape):
+        raise Violation(f"{what}: shape {list(message.shape)[:8]} instead of {list(shape)}")
+    expected = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
+    if len(message.data) != expected:
+        raise Violation(f"{what}: {len(message.data)} bytes instead of {expected}")
+    return np.frombuffer(message.data, kind).reshape(shape)
+
+
+def unpack_latents(message: Tensor, shape: Sequence[int], bound: float, what: str) -> NDArray[np.float32]:
+    """Latents of some images, finite and not too large.
+
+    Args:
+        message: as it was received.
+        shape: (V, B, ...).
+        bound: greatest root mean square of one image's latent.
+        what: names it in the error.
+
+    Returns:
+        Read-only float32 of that shape.
+
+    Raises:
+        Violation: as ``unpack``; or a number is not finite, or the latents of an image exceed the bound.
+    """
+    array = unpack(message, shape, "float32", what)
+    rows = array.reshape(shape[0] * shape[1], -1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.einsum("ij,ij->i", rows, rows)  # a number that is not finite, or overflows, shows in its sum
+    if not np.isfinite(squares).all():
+        raise Violation(f"{what}: a number is not finite, or far too large")
+    if (largest := float(np.sqrt(squares.max(initial=0) / rows.shape[1]))) > bound:
+        raise Violation(f"{what}: the root mean square of an image's latent is {largest:.3g}, and {bound:g} is allowed")
+    return array
+
+
+def pack_weights(tensors: Mapping[str, NDArray], number: int = 0, restart: bool = False) -> Weights:
+    """Weights by name as a message."""
+    return Weights(number=number, tensors={name: pack(array) for name, array in tensors.items()}, restart=restart)
+
+
+def unpack_weights(message: Weights, specification: Specification) -> dict[str, NDArray]:
+    """Weights by name, finite, and exactly those that are expected.
+
+    Raises:
+        Violation: names are missing or unknown, a tensor is not as specified, or a number is not finite.
+    """
+    if message.tensors.keys() != specification.keys():
+        wrong = sorted(message.tensors.keys() ^ specification.keys())
+        raise Violation(f"weights: {len(wrong)} names are missing or unknown, such as {wrong[0][:60]!r}")
+    arrays = {}
+    for name, (shape, dtype) in specification.items():
+        arrays[name] = unpack(message.tensors[name], shape, dtype, f"weights {name}")
+        if not np.isfinite(arrays[name]).all():
+            raise Violation(f"weights {name}: a number is not finite")
+    return arrays
+
+
+def from_client(raw: bytes) -> ClientMessage:
+    """Read what a client sent.
+
+    Raises:
+        Violation: it is none of the protocol's messages.
+    """
+    try:
+        message = ClientMessage.FromString(raw)
+    except DecodeError as error:
+        raise Violation(f"a message of {len(raw)} bytes that cannot be read") from error
+    if message.WhichOneof("kind") is None:
+        raise Violation("a message of no known kind")
+    return message
+
+
+def from_server(raw: bytes) -> ServerMessage:
+    """Read what the server sent.
+
+    Raises:
+        Violation: it is none of the protocol's messages.
+    """
+    try:
+        message = ServerMessage.FromString(raw)
+    except DecodeError as error:
+        raise Violation(f"the server sent {len(raw)} bytes that cannot be read") from error
+    if message.WhichOneof("kind") is None:
+        raise Violation("the server sent a message of no known kind")
+    return message
+
+
+def goodbye(code: Goodbye.Code, reason: str) -> Goodbye:
+    """A goodbye; long reasons are cut."""
+    return Goodbye(code=code, reason=reason[:500])
+
+
+def channel_options(largest: int) -> list[tuple[str, int]]:
+    """Options of both ends of a connection.
+
+    Args:
+        largest: bytes of the largest message that may be received.
+
+    Returns:
+        For gRPC. A peer that does not answer a ping within 10 s is gone: without that a half-open connection would
+        stay until the system's own time-out, hours later.
+    """
+    return [
+        ("grpc.max_receive_message_length", largest),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.keepalive_time_ms", 15_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+
+
+class Refused(Exception):
+    """A peer is not let in, or is sent away.
+
+    Attributes:
+        goodbye: what it is told.
+    """
+
+    def __init__(self, code: Goodbye.Code, reason: str) -> None:
+        super().__init__(reason)
+        self.goodbye = goodbye(code, reason)
+
+
+def describe(error: grpc.RpcError) -> str:
+    """What went wrong with a connection, in a few words."""
+    details = error.details() if hasattr(error, "details") else str(error)
+    code = error.code().name if hasattr(error, "code") else type(error).__name__
+    return f"{code}: {details}"

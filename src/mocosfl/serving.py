@@ -1,0 +1,132 @@
+"""Training with clients that are elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from mocosfl.config import Config
+from mocosfl.data.federation import Guests, set_aside
+from mocosfl.data.images import ImageSet
+from mocosfl.data.partition import Partition
+from mocosfl.data.sources import Splits, load
+from mocosfl.distributed import World
+from mocosfl.errors import SettingError
+from mocosfl.experiment import Parts, Result, check_frozen, choose_device, networks, prepared, run_to_end, seen
+from mocosfl.models.heads import WIDTHS
+from mocosfl.network.cohort import RemoteCohort
+from mocosfl.network.observe import event_log
+from mocosfl.network.settings import ServeSettings
+from mocosfl.run import Run
+from mocosfl.server import Server
+from mocosfl.trainer import Callback
+
+
+def serve(
+    config: Config,
+    settings: ServeSettings,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    callbacks: tuple[Callback, ...] = (),
+    console: Console | None = None,
+) -> Result:
+    """Train with clients that join over the network; their images stay with them.
+
+    Args:
+        config: all settings. ``data.size`` has to be set, or ``settings.evaluate_on``; of how images are read and
+            spread over clients nothing else is used.
+        settings: how to listen and wait.
+        out, resume, overwrite, callbacks, console: as for ``train``.
+
+    Returns:
+        The result; its folder is described in ``mocosfl.run``.
+
+    Raises:
+        SettingError: the settings do not fit together, or not with clients over the network.
+        DataError: the images of ``settings.evaluate_on`` cannot be used.
+        RunError: the run folder, the address or a certificate cannot be used, or training had to stop; what was kept is
+            named.
+    """
+    _check_servable(config, settings, resume)
+    device = choose_device(config.train.device)
+    console = Console(quiet=True) if console is None else console
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    if resume:
+        Run.open(out).check_resumable(config, "serve")
+    else:
+        Run.check_free(out, overwrite)
+    with prepared(device), contextlib.ExitStack() as stack:
+        own = _own_images(config, settings, say)
+        channels, size, _ = own.train.shape
+        encoder, head = networks(config, channels, size, fresh=not resume)
+        run = Run(Path(out), config) if resume else Run.create(out, config, overwrite)
+        stack.enter_context(run.locked())
+        facts = run.data_facts() or {"kind": "serve"}
+        run.write_json("data.json", facts)
+        events = event_log(run.path / "events.jsonl")
+        cohort = RemoteCohort(encoder.client, config, settings, encoder.latent_shape, channels, size, device, events)
+        finished = False
+        stack.callback(lambda: cohort.stop(finished))
+        cohort.start()
+        host = settings.listen.rpartition(":")[0]
+        say(f"listening on {host}:{cohort.service.port}" + ("" if settings.tls_cert else " without TLS"))
+        images, mean, std = cohort.gather(
+            settings.min_clients or config.clients.number,
+            lambda there: say(f"waiting for clients: {there} of {settings.min_clients or config.clients.number}"),
+        )
+        if "images" not in facts:
+            own_mean, own_std = (encoder.mean, encoder.std) if config.clients.init else map(torch.tensor, (mean, std))
+            facts |= {"images": images, "mean": own_mean.tolist(), "std": own_std.tolist()}
+            run.write_json("data.json", facts)
+            run.write_fingerprints(seen(config, None))
+        encoder.mean.copy_(torch.tensor(facts["mean"]))
+        encoder.std.copy_(torch.tensor(facts["std"]))
+        encoder.to(device)
+        own.train.to(device)
+        cohort.begin(encoder.mean.cpu().numpy(), encoder.std.cpu().numpy())
+        server = Server(encoder.server, head, config, WIDTHS[config.model.head], device)
+        rows, held_out = set_aside(config.data.held_out, np.arange(len(own.train)), own.train.labels, config.seed)
+        nobody = Partition(np.zeros(0, np.int64), np.zeros(1, np.int64))
+        guests = Guests(own, rows, held_out, nobody, facts["images"], cohort.present)
+        parts = Parts(encoder, cohort, server, device, World(), (facts["mean"], facts["std"]))
+        result = run_to_end("serve", config, run, guests, parts, callbacks, console, say, settings.metrics_port)
+        finished = result.finished
+    return result
+
+
+def _check_servable(config: Config, settings: ServeSettings, resume: bool) -> None:
+    """Raises ``SettingError`` for what cannot be done over the network."""
+    check_frozen(config, resume)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise SettingError(f"mocosfl serve is for one process; torchrun has started {os.environ['WORLD_SIZE']}")
+    if config.defence.kind in ("nopeek", "ressfl"):
+        raise SettingError(
+            f"defence.kind={config.defence.kind}: its loss needs all clients' latents beside their images, and is only "
+            "simulated; accepted over the network are none, noise and dropout"
+        )
+    if (settings.min_clients or 0) > config.clients.number:
+        raise SettingError(
+            f"min_clients={settings.min_clients}: there are {config.clients.number} clients (clients.number)"
+        )
+
+
+def _own_images(config: Config, settings: ServeSettings, say: Callable[[str], None]) -> Splits:
+    """The server's own images; none, but of the right shape, if it has none."""
+    if settings.evaluate_on is not None:
+        return load(config.data.model_copy(update={"source": settings.evaluate_on}), config.seed, say)
+    size, channels = config.data.size, config.data.channels
+    if size is None:
+        raise SettingError(
+            "data.size is not set: the server does not see the clients' images, so it has to be told their height and "
+            "width in pixels, or evaluate_on, images of its own"
+        )
+    return Splits(ImageSet(np.zeros((0, channels, size, size), np.uint8)), None)
