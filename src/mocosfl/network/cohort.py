@@ -47,9 +47,11 @@ from mocosfl.network.wire import (
 from mocosfl.randomness import POOL, bits
 from mocosfl.sync import averaging
 
-TRANSIT = 32 * 2**20
+TRANSIT = 64 * 2**20
 """Bytes of latents that clients are asked for at a time. It bounds the memory of messages under way; where all
 latents of a step are larger, clients are asked in turn."""
+AHEAD = 256 * 2**20
+"""Bytes of the steps that frozen clients may be ahead of the server, the one under way included."""
 MOST_IMAGES = 10**9
 LONGEST_REST = 6
 """A client that is late again and again is left out of 2 steps, 4, 8, at most 2 to this many."""
@@ -131,7 +133,6 @@ class RemoteCohort:
         self._steps = self._round_steps = 2**62
         self.step = 0
         self.generation = 0
-        self.ahead = settings.ahead if self.frozen else 1
         self._batches: dict[int, Batch] = {}
         self._spare: list[tuple[Tensor, Tensor]] = []
         self._current: Batch | None = None
@@ -151,10 +152,12 @@ class RemoteCohort:
             for part in kept
             for name, t in self.initial.items()
         }
+        self._packed: dict[tuple[bool, str], WeightsMessage] = {}
+        image = 2 * self.views * 4 * int(np.prod(shape))  # bytes of its latents
+        self.ahead = min(settings.ahead, max(1, AHEAD // (image * config.step_images))) if self.frozen else 1
+        self._message = image * int(config.batches.max())  # bytes of one client's latents
         self._set_seats()
-        number = 4 * int(np.prod(shape)) * int(config.batches.max()) * self.views
         weights = sum(t.numel() * 8 for t in self.initial.values()) * 2
-        self._message = 2 * number  # bytes of one client's latents
         self.service = Service(settings, self, max(self._message, weights), events)
         self.events = events
         self._loop = asyncio.new_event_loop()
@@ -285,6 +288,7 @@ class RemoteCohort:
             return
         self.online, self.momentum = halves
         self.generation += 1
+        self._packed.clear()
 
     def average(self) -> dict[str, Tensor]:
         """The average client half as a state dict; changes nothing."""
@@ -461,16 +465,28 @@ class RemoteCohort:
         """The average, for a client that was not handed it yet or is to start afresh."""
         if session.generation == self.generation and not session.restart:
             return None
-        tensors = {f"online.{name}": t.numpy() for name, t in self.online.items()}
-        if not self.frozen and (self.config.sync.momentum or not session.has_momentum):
-            start = self.online if self.activated[session.client] else self.initial
-            momentum = self.momentum if self.config.sync.momentum else start
-            tensors |= {f"momentum.{name}": t.numpy() for name, t in momentum.items()}
-        tensors |= {"mean": self.mean, "std": self.std}
-        message = pack_weights(tensors, restart=session.restart)
+        if self.frozen:
+            momentum = "none"
+        elif self.config.sync.momentum:
+            momentum = "momentum"
+        elif session.has_momentum:
+            momentum = "none"
+        else:
+            momentum = "online" if self.activated[session.client] else "initial"
+        message = self._weights(session.restart, momentum)
         session.generation, session.has_momentum, session.restart = self.generation, True, False
         if session.gradient is not None:
             session.gradient = None  # of weights that are replaced
+        return message
+
+    def _weights(self, restart: bool, momentum: str) -> WeightsMessage:
+        """The halves to hand out: one message for all clients. ``momentum`` names the half that is handed out as it."""
+        if (message := self._packed.get((restart, momentum))) is None:
+            tensors = {f"online.{name}": t.numpy() for name, t in self.online.items()}
+            if momentum != "none":
+                tensors |= {f"momentum.{name}": t.numpy() for name, t in getattr(self, momentum).items()}
+            tensors |= {"mean": self.mean, "std": self.std}
+            message = self._packed[restart, momentum] = pack_weights(tensors, restart=restart)
         return message
 
     def _order(
