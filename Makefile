@@ -4,7 +4,7 @@ SOURCE ?= cifar10
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench bench-gpu clean
+.PHONY: demo test lint bench bench-gpu proto clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)  ## train 100 clients with two kinds of digits each, then print the result
@@ -31,5 +31,10 @@ bench-gpu: $(STAMP)  ## all benchmarks and the headline run on one NVIDIA GPU, C
 	$(BIN)/python -m benchmarks.headline --device cuda --source $(SOURCE) --out runs/headline \
 		--set train.precision=bf16 train.compile=reduce-overhead
 
+proto:  ## the network protocol's Python from its definition; needs a network once
+	@test -x .venv-proto/bin/python || $(PYTHON) -m venv .venv-proto
+	.venv-proto/bin/python -m pip install --quiet grpcio-tools==1.73.1 setuptools
+	.venv-proto/bin/python -m grpc_tools.protoc -I src --python_out=src --pyi_out=src mocosfl/network/protocol.proto
+
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf $(VENV) .venv-proto build dist src/*.egg-info

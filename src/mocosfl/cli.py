@@ -409,6 +409,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0, or 1 for an error that the message explains, 2 for wrong usage, 130 after Ctrl-C.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # its remarks on every failed handshake are no news
     rank = os.environ.get("RANK", "0")  # set by torchrun
     console.quiet = rank != "0"
     if not args or args[0] in ("-h", "--help", "help"):

@@ -111,13 +111,13 @@ class Observer:
             caption_justify="left",
         )
         for title in ("client", "address", "images", "MB in", "MB out", "late in a row", "heard"):
-            table.add_column(title, justify="left" if title == "address" else "right")
+            table.add_column(title, justify="left" if title == "address" else "right", no_wrap=True)
         sessions = sorted(self.cohort.service.sessions.values(), key=lambda s: s.client)
         now = time.monotonic()
         for session in sessions[:TABLE_ROWS]:
             table.add_row(
                 str(session.client),
-                session.address,
+                session.address.partition(":")[2],
                 f"{session.images:,}",
                 f"{session.received / 1e6:,.2f}",
                 f"{session.sent / 1e6:,.2f}",
@@ -128,7 +128,7 @@ class Observer:
             table.add_row("...", f"and {len(sessions) - TABLE_ROWS:,} more", *[""] * 5)
         table.add_row(
             "all",
-            "across the sockets",
+            "sockets",
             "",
             f"{figures['socket_bytes_in'] / 1e6:,.2f}",
             f"{figures['socket_bytes_out'] / 1e6:,.2f}",
