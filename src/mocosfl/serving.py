@@ -60,14 +60,17 @@ def serve(
     device = choose_device(config.train.device)
     console = Console(quiet=True) if console is None else console
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    fresh = True  # nothing is kept yet
     if resume:
-        Run.open(out).check_resumable(config, "serve")
+        earlier = Run.open(out)
+        earlier.check_resumable(config, "serve")
+        fresh = earlier.latest_step is None
     else:
         Run.check_free(out, overwrite)
     with prepared(device), contextlib.ExitStack() as stack:
         own = _own_images(config, settings, say)
         channels, size, _ = own.train.shape
-        encoder, head = networks(config, channels, size, fresh=not resume)
+        encoder, head = networks(config, channels, size, fresh)
         run = Run(Path(out), config) if resume else Run.create(out, config, overwrite)
         stack.enter_context(run.locked())
         facts = run.data_facts() or {"kind": "serve"}
