@@ -456,14 +456,20 @@ def evaluate(path: str | Path, console: Console | None = None, device: str = "au
         ``knn_untrained``, ``knn`` and ``linear_probe`` in percent; empty without labels.
 
     Raises:
-        RunError: there is no finished run.
+        RunError: there is no finished run, or a served one without images of the server's own.
     """
     console = console or Console(quiet=True)
     run = Run.open(path)
     encoder = load_encoder(run.path)
     chosen = choose_device(device)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    splits = load(run.config.data, run.config.seed, say)
+    data = run.config.data
+    if run.command == "serve":  # the clients' images are not here; those of the server may be
+        own = (run.data_facts() or {}).get("evaluate_on")
+        if own is None:
+            raise RunError(f"{path} was served without evaluate_on: there are no images here to evaluate on")
+        data = data.model_copy(update={"source": own})
+    splits = load(data, run.config.seed, say)
     metrics = final_figures(run.config, splits, encoder.to(chosen), say, World())
     if metrics:
         run.write_json("evaluation.json", metrics)

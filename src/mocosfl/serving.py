@@ -89,6 +89,7 @@ def serve(
         if "images" not in facts:
             own_mean, own_std = (encoder.mean, encoder.std) if config.clients.init else map(torch.tensor, (mean, std))
             facts |= {"images": images, "mean": own_mean.tolist(), "std": own_std.tolist()}
+            facts["evaluate_on"] = settings.evaluate_on
             run.write_json("data.json", facts)
             run.write_fingerprints(seen(config, None))
         encoder.mean.copy_(torch.tensor(facts["mean"]))
