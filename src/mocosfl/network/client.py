@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -33,7 +34,7 @@ from mocosfl.network.protocol_pb2 import (
     Welcome,
 )
 from mocosfl.network.settings import JoinSettings, address, is_own
-from mocosfl.network.sockets import bytes_of_connections
+from mocosfl.network.sockets import bytes_of, hold
 from mocosfl.network.wire import (
     METHOD,
     PROTOCOL,
@@ -188,7 +189,6 @@ class Client:
             Violation: it is no server of ours.
             grpc.RpcError: the connection is lost.
         """
-        _, port = address(self.settings.server, "server")
         async with self._channel() as channel:
             stream: Any = channel.stream_stream(METHOD)()
             talk = _Talk(self, stream)
@@ -201,9 +201,11 @@ class Client:
                 await talk.leave(str(error))
                 raise
             finally:
-                sent, received = bytes_of_connections(remote_port=port)
+                sent, received = bytes_of(talk.sockets)
                 self.traffic.sent += sent
                 self.traffic.received += received
+                for handle in talk.sockets:
+                    handle.close()
                 stream.cancel()
 
 
@@ -216,6 +218,7 @@ class _Talk:
         self._written = time.monotonic()
         self._drawn: tuple[int, tuple[int, ...]] | None = None  # step and shape whose gradient may come
         self._beating: asyncio.Task[None] | None = None
+        self.sockets: list[socket.socket] = []  # held: the server may close them before they are counted
 
     async def hold(self) -> None:
         try:
@@ -249,6 +252,7 @@ class _Talk:
                 f"{hello.software[:20]} and {__version__})",
             )
         settings = self.client.settings
+        self.sockets = hold(address(settings.server, "server")[1])
         join = Join(
             protocol=PROTOCOL,
             nonce=hello.nonce,

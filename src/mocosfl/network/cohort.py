@@ -578,8 +578,9 @@ class RemoteCohort:
 
     def free_number(self) -> int:
         """The lowest number that no client has."""
+        taken = self.service.taken
         for client in range(self.config.clients.number):
-            if client not in self.service.sessions:
+            if client not in taken:
                 return client
         raise Refused(Goodbye.BUSY, f"all {self.config.clients.number} clients are there (clients.number)")
 

@@ -152,6 +152,8 @@ class Service:
         self.closing: Goodbye | None = None
         self.port = 0
         self._strangers = 0
+        self._numbers: dict[Any, int] = {}  # of every connection that has said who it is
+        self._watch: asyncio.Task[None] | None = None
         self._misses: OrderedDict[str, deque[float]] = OrderedDict()
         self._joins: dict[int, deque[float]] = {}
 
@@ -196,6 +198,8 @@ class Service:
     async def stop(self, code: Goodbye.Code, reason: str, grace: float = 5.0) -> None:
         """Send everybody away and stop listening."""
         self.closing = goodbye(code, reason)
+        if self._watch is None:  # it never listened
+            return
         self._watch.cancel()
         sessions = list(self.sessions.values())
         for session in sessions:
@@ -227,8 +231,14 @@ class Service:
         except (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
             self.events("connection lost", address=address, client=session and session.client, why=str(error)[:200])
         finally:
+            self._numbers.pop(context, None)
             if session is not None:
                 self._let_go(session)
+
+    @property
+    def taken(self) -> set[int]:
+        """Numbers of the clients that are there, or about to be."""
+        return set(self._numbers.values())
 
     def _may_knock(self, address: str) -> None:
         """Turn peers away before they have said anything, if there are too many or too many bad ones."""
@@ -265,7 +275,7 @@ class Service:
             )
         if join.nonce != nonce:
             raise Refused(Goodbye.REFUSED, "the join does not answer this connection's hello")
-        client = self._identify(join)
+        client = self._numbers[context] = self._identify(join)
         if not join.images:
             raise Refused(Goodbye.REFUSED, "the client holds no images")
         welcome = self.host.welcome(client)

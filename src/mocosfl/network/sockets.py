@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,34 +29,51 @@ def connections(local_port: int | None = None, remote_port: int | None = None) -
         included, TCP's headers not. Empty where the system does not tell.
     """
     found = {}
-    for handle in _sockets():
-        with handle, suppress(OSError, struct.error):
-            peer, own = handle.getpeername()[:2], handle.getsockname()[:2]
-            if local_port in (None, own[1]) and remote_port in (None, peer[1]):
-                info = handle.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, 256)
-                found[peer] = (_at(info, _ACKED), _at(info, _RECEIVED))
+    for handle in _copies(local_port, remote_port):
+        with handle, suppress(OSError):
+            found[handle.getpeername()[:2]] = bytes_of([handle])
     return found
 
 
-def bytes_of_connections(local_port: int | None = None, remote_port: int | None = None) -> tuple[int, int]:
-    """Sums over ``connections``: bytes sent and received."""
-    counts = connections(local_port, remote_port).values()
-    return sum(sent for sent, _ in counts), sum(received for _, received in counts)
+def hold(remote_port: int) -> list[socket.socket]:
+    """Copies of this process's connections to a port. Theirs can be counted after the connection has ended; close them
+    then."""
+    return list(_copies(None, remote_port))
+
+
+def bytes_of(handles: Iterable[socket.socket]) -> tuple[int, int]:
+    """Bytes sent and received, as ``connections`` counts them, over some connections."""
+    sent = received = 0
+    for handle in handles:
+        with suppress(OSError, struct.error):
+            info = handle.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, 256)
+            sent, received = sent + _at(info, _ACKED), received + _at(info, _RECEIVED)
+    return sent, received
 
 
 def _at(info: bytes, offset: int) -> int:
     return struct.unpack_from("=Q", info, offset)[0]
 
 
-def _sockets() -> Iterator[socket.socket]:
-    """Copies of this process's TCP sockets."""
+def _copies(local_port: int | None, remote_port: int | None) -> Iterator[socket.socket]:
+    """Copies of this process's TCP connections."""
     folder = Path("/proc/self/fd")
     names = os.listdir(folder) if folder.is_dir() else []
     for name in names:
         with suppress(OSError):
             if os.readlink(folder / name).startswith("socket:"):
                 handle = socket.socket(fileno=os.dup(int(name)))
-                if handle.family in (socket.AF_INET, socket.AF_INET6) and handle.type == socket.SOCK_STREAM:
+                if _is_connection(handle, local_port, remote_port):
                     yield handle
                 else:
                     handle.close()
+
+
+def _is_connection(handle: socket.socket, local_port: int | None, remote_port: int | None) -> bool:
+    if handle.family not in (socket.AF_INET, socket.AF_INET6) or handle.type != socket.SOCK_STREAM:
+        return False
+    try:
+        own, peer = handle.getsockname()[1], handle.getpeername()[1]
+    except OSError:  # it only listens
+        return False
+    return local_port in (None, own) and remote_port in (None, peer)
