@@ -81,7 +81,7 @@ def serve(
         stack.callback(lambda: cohort.stop(finished))
         cohort.start()
         host = settings.listen.rpartition(":")[0]
-        say(f"listening on {host}:{cohort.service.port}" + ("" if settings.tls_cert else " without TLS"))
+        say(f"listening on {host}:{cohort.exchange.service.port}" + ("" if settings.tls_cert else " without TLS"))
         images, mean, std = cohort.gather(
             settings.min_clients or config.clients.number,
             lambda there: say(f"waiting for clients: {there} of {settings.min_clients or config.clients.number}"),

@@ -88,10 +88,10 @@ class Observer:
     def figures(self) -> dict[str, float]:
         """Clients that are there, and every counter. Of a connection that has ended, the bytes count that it had at
         the last call."""
-        cohort = self.cohort
-        counts = cohort.counts + cohort.service.counts
+        exchange = self.cohort.exchange
+        counts = exchange.counts + exchange.service.counts
         with self._lock:  # Prometheus asks from a thread of its own
-            now = connections(local_port=cohort.service.port)
+            now = connections(local_port=exchange.service.port)
             for peer in self._peers.keys() - now.keys():
                 self._ended = [a + b for a, b in zip(self._ended, self._peers[peer], strict=True)]
             self._peers = now
@@ -99,7 +99,7 @@ class Observer:
                 a + sum(column) for a, column in zip(self._ended, zip((0, 0), *now.values(), strict=True), strict=True)
             ]
         counts["socket_bytes_out"], counts["socket_bytes_in"] = totals
-        return {"clients": float(cohort.present)} | {name: float(counts[name]) for name in COUNTERS}
+        return {"clients": float(self.cohort.present)} | {name: float(counts[name]) for name in COUNTERS}
 
     def table(self) -> Table:
         """The clients, one by one up to ``TABLE_ROWS``, and the counters."""
@@ -112,7 +112,7 @@ class Observer:
         )
         for title in ("client", "address", "images", "MB in", "MB out", "late in a row", "heard"):
             table.add_column(title, justify="left" if title == "address" else "right", no_wrap=True)
-        sessions = sorted(self.cohort.service.sessions.values(), key=lambda s: s.client)
+        sessions = sorted(self.cohort.exchange.service.sessions.values(), key=lambda s: s.client)
         now = time.monotonic()
         for session in sessions[:TABLE_ROWS]:
             table.add_row(
@@ -145,7 +145,7 @@ class _Prometheus(Collector):
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         figures = self.observer.figures()
         yield GaugeMetricFamily("mocosfl_clients", "clients that are there", figures.pop("clients"))
-        yield GaugeMetricFamily("mocosfl_step", "step of the run", self.observer.cohort.step)
+        yield GaugeMetricFamily("mocosfl_step", "step of the run", self.observer.cohort.exchange.step)
         for name, value in figures.items():
             yield CounterMetricFamily(f"mocosfl_{name}", COUNTERS[name], value)
         metric = GaugeMetricFamily("mocosfl_metric", "last logged metric of the training", labels=["name"])

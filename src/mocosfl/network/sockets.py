@@ -56,12 +56,15 @@ def _at(info: bytes, offset: int) -> int:
 
 
 def _copies(local_port: int | None, remote_port: int | None) -> Iterator[socket.socket]:
-    """Copies of this process's TCP connections."""
+    """Copies of this process's TCP connections, one of each: gRPC holds some twice."""
     folder = Path("/proc/self/fd")
     names = os.listdir(folder) if folder.is_dir() else []
+    seen = set()
     for name in names:
         with suppress(OSError):
-            if os.readlink(folder / name).startswith("socket:"):
+            target = os.readlink(folder / name)
+            if target.startswith("socket:") and target not in seen:
+                seen.add(target)
                 handle = socket.socket(fileno=os.dup(int(name)))
                 if _is_connection(handle, local_port, remote_port):
                     yield handle

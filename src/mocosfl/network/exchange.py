@@ -1,0 +1,551 @@
+"""What clients over the network are asked for, and what comes of their answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mocosfl.config import Config
+from mocosfl.network.protocol_pb2 import (
+    ClientMessage,
+    Collect,
+    Draw,
+    Goodbye,
+    Order,
+    Ready,
+    Welcome,
+)
+from mocosfl.network.protocol_pb2 import Latents as LatentsMessage
+from mocosfl.network.protocol_pb2 import Weights as WeightsMessage
+from mocosfl.network.service import Events, Gradient, Service, Session
+from mocosfl.network.settings import ServeSettings
+from mocosfl.network.wire import (
+    Refused,
+    Specification,
+    Violation,
+    pack,
+    pack_weights,
+    unpack_latents,
+    unpack_weights,
+)
+from mocosfl.randomness import POOL, bits
+from mocosfl.sync import averaging
+
+TRANSIT = 64 * 2**20
+"""Bytes of latents that clients are asked for at a time. It bounds the memory of messages under way; where all
+latents of a step are larger, clients are asked in turn."""
+AHEAD = 256 * 2**20
+"""Bytes of the steps that frozen clients may be ahead of the server, the one under way included."""
+MOST_IMAGES = 10**9
+LONGEST_REST = 6
+"""A client that is late again and again is left out of 2 steps, 4, 8, at most 2 to this many."""
+
+Halves = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""Online and momentum half, by name."""
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class Batch:
+    """The latents of one step as they come in.
+
+    Attributes:
+        step: its number.
+        query, key: (V, n, ...) float32 in the memory of the host, a piece for every active client.
+        first: (P,) int64, number of each client's first draw; -1 if it has not been asked.
+        delivered: (P,) bool.
+        awaited: clients that have been asked, or will be, and have not answered.
+    """
+
+    step: int
+    query: Tensor
+    key: Tensor
+    first: NDArray[np.int64]
+    delivered: NDArray[np.bool_]
+    awaited: set[int]
+
+
+class Exchange:
+    """What clients are asked for and what comes back, in the network's thread. It is the door's host
+    (``service.Host``).
+
+    Args:
+        half: the client half, initialised.
+        config: the whole configuration.
+        settings: how to listen and wait.
+        shape: of one image's latent.
+        channels, size: of the images.
+        events: told what happens.
+
+    Attributes:
+        service: the door.
+        pool: (P,) int64, active clients, ascending.
+        sizes, starts: (P,) int64, images of each, and the row of the batch where they begin.
+        step: the one under way or just done.
+        current: its batch.
+        used: (P',) int64, places in the pool of those whose latents are in it.
+        online, momentum: the average halves that are handed out, by name; ``initial``, what they started from.
+        drawn, contributed, activated: (N,) of every client, images asked for, images since the last average, and
+            whether it was ever active.
+        counts: of late clients, bytes and so on.
+    """
+
+    def __init__(
+        self,
+        half: nn.Module,
+        config: Config,
+        settings: ServeSettings,
+        shape: tuple[int, ...],
+        channels: int,
+        size: int,
+        events: Events,
+    ) -> None:
+        self.config, self.settings, self.events = config, settings, events
+        self.shape, self.channels, self.size = shape, channels, size
+        self.frozen = config.clients.frozen
+        self.views = 2 if config.contrast.both_views else 1
+        self.initial = {name: t.detach().cpu().clone() for name, t in half.state_dict().items()}
+        self.online = {name: t.clone() for name, t in self.initial.items()}
+        self.momentum = {name: t.clone() for name, t in self.initial.items()}
+        self.mean, self.std = np.zeros(channels, np.float32), np.ones(channels, np.float32)
+        self.begun = False
+        number = config.clients.number
+        self.drawn, self.contributed = np.zeros(number, np.int64), np.zeros(number, np.int64)
+        self.activated = np.zeros(number, bool)
+        self.counts: Counter[str] = Counter()
+        self.steps = self.round_steps = 2**62
+        self.step = 0
+        self.current: Batch | None = None
+        self._generation = 0  # of the average
+        self._packed: dict[tuple[bool, str], WeightsMessage] = {}
+        self._batches: dict[int, Batch] = {}
+        self._spare: list[tuple[Tensor, Tensor]] = []
+        self._queue: deque[tuple[Session, Batch]] = deque()
+        self._transit = 0
+        self._collect_number = 0
+        self._collected: dict[int, dict[str, NDArray]] = {}
+        self._collect_from: set[int] = set()
+        self._collected_at = -1
+        self._collected_halves: Halves | None = None
+        self._combine = averaging(config.sync)
+        kept = ("online.", "momentum.") if config.sync.momentum else ("online.",)
+        self._specification: Specification = {
+            part + name: (tuple(t.shape), str(t.dtype).removeprefix("torch."))
+            for part in kept
+            for name, t in self.initial.items()
+        }
+        image = 2 * self.views * 4 * int(np.prod(shape))  # bytes of its latents
+        self._message = image * int(config.batches.max())  # bytes of one client's latents
+        self._ahead = min(settings.ahead, max(1, AHEAD // (image * config.step_images))) if self.frozen else 1
+        self.seat_pool(np.arange(config.pool))
+        weights = sum(t.numel() * 8 for t in self.initial.values()) * 2
+        self.service = Service(settings, self, max(self._message, weights), events)
+
+    async def start(self) -> None:
+        """Begin to listen.
+
+        Raises:
+            RunError: the address or a certificate cannot be used.
+        """
+        self._changed = asyncio.Event()
+        await self.service.start()
+
+    async def gather(self, count: int, say: Callable[[int], None]) -> tuple[int, NDArray, NDArray]:
+        """Wait for so many clients; see ``RemoteCohort.gather``."""
+        said = -1
+        while (there := len(self.service.sessions)) < count:
+            if there != said:
+                say(there)
+                said = there
+            await self._change(1.0)
+        sessions = list(self.service.sessions.values())
+        images = sum(session.images for session in sessions)
+        sums, squares = (
+            [sum(channel) for channel in zip(*(getattr(s, name) for s in sessions), strict=True)]  # exact integers
+            for name in ("sums", "squares")
+        )
+        pixels = images * self.size**2
+        mean = np.array([s / pixels for s in sums]) / 255
+        variance = np.array([q / pixels - (s / pixels) ** 2 for s, q in zip(sums, squares, strict=True)]) / 255**2
+        return images, mean, np.maximum(np.sqrt(np.maximum(variance, 0)), 1 / 255)
+
+    @property
+    def need(self) -> int:
+        """Clients without whose latents no step is made."""
+        return math.ceil(self.settings.quorum * min(self.settings.min_clients or len(self.pool), len(self.pool)))
+
+    def seat_pool(self, pool: NDArray[np.int64]) -> None:
+        """Give every active client, (P,) int64 ascending, its place in the batch."""
+        self.pool, self.used = pool, np.zeros(0, np.int64)
+        rich = self.config.clients.number - self.config.rich
+        factor = self.config.clients.rich_batch_factor
+        self.sizes = self.config.clients.batch * np.where(self.pool >= rich, factor, 1)
+        self.starts = np.cumsum(self.sizes) - self.sizes
+        self.seat = {int(client): place for place, client in enumerate(self.pool)}
+        self._spare = []
+
+    def rows(self) -> NDArray[np.int64]:
+        """Rows of the batch whose latents are there."""
+        seats = self.used
+        sizes = self.sizes[seats]
+        within = np.arange(sizes.sum()) - np.repeat(sizes.cumsum() - sizes, sizes)
+        return np.repeat(self.starts[seats], sizes) + within
+
+    async def activate(self, pool: NDArray[np.int64]) -> None:
+        """Start a round; clients that are away are replaced by others, drawn alike."""
+        before = set(self.pool.tolist()) if self.activated.any() else set()
+        away = [client for client in pool.tolist() if client not in self.service.sessions]
+        others = np.array([c for c in self.service.sessions if c not in set(pool.tolist())], np.int64)
+        if away and len(others):
+            order = np.argsort(bits(self.config.seed, POOL, self.step, others, 1))
+            stand_in = others[order][: len(away)].tolist()
+            kept = set(pool.tolist()) - set(away[: len(stand_in)])
+            pool = np.array(sorted(kept | set(stand_in)))
+        for batch in self._batches.values():
+            self._close(batch)
+        self._batches.clear()
+        self.contributed[:] = 0
+        self.seat_pool(pool)
+        if not self.config.clients.keep_optimizer:
+            for client in set(pool.tolist()) - before:
+                if (session := self.service.sessions.get(client)) is not None:
+                    session.restart = True
+
+    async def next_step(self) -> Batch:
+        """One step: everybody is asked; whoever has answered in time is in the batch."""
+        self.step += 1
+        self.current = None
+        try:
+            self.current = await self._filled()
+        except asyncio.CancelledError:
+            self.step -= 1
+            raise
+        return self.current
+
+    async def _filled(self) -> Batch:
+        last = min(self.steps, ((self.step - 1) // self.round_steps + 1) * self.round_steps)
+        for step in range(self.step, min(self.step + self._ahead, last + 1)):
+            if step not in self._batches:
+                self._batches[step] = self._open(step)
+        for session in sorted(self.service.sessions.values(), key=lambda s: s.client):
+            self._ask(session)
+        batch = self._batches[self.step]
+        deadline = time.monotonic() + self.settings.step_timeout
+        while True:
+            enough = batch.delivered.sum() >= self.need
+            left = deadline - time.monotonic()
+            if enough and (not batch.awaited or left <= 0):
+                break
+            await self._change(max(left, 0.01) if enough else 1.0)
+        self._close(batch)
+        del self._batches[self.step]
+        self.used = np.flatnonzero(batch.delivered)
+        self.contributed[self.pool[self.used]] += self.sizes[self.used]
+        return batch
+
+    def _open(self, step: int) -> Batch:
+        """An empty batch; its memory is that of an earlier one."""
+        if self._spare:
+            query, key = self._spare.pop()
+        else:
+            query, key = (torch.empty(self.views, int(self.sizes.sum()), *self.shape) for _ in range(2))
+        seats = len(self.pool)
+        return Batch(step, query, key, np.full(seats, -1), np.zeros(seats, bool), set())
+
+    def _close(self, batch: Batch) -> None:
+        """Wait no longer for a step. Who owes its latents is late, and rests if that is not the first time."""
+        for client in batch.awaited:
+            session = self.service.sessions.get(client)
+            if session is not None and batch.step in session.asked:
+                session.misses += 1
+                session.sits_out = batch.step + 2 ** min(session.misses, LONGEST_REST) - 1
+                self._transit -= self._message
+                self.counts["stragglers"] += 1
+                self.events("straggler", client=client, step=batch.step)
+        batch.awaited.clear()
+        self._queue = deque(pair for pair in self._queue if pair[1] is not batch)
+        self._spare.append((batch.query, batch.key))
+
+    def _ask(self, session: Session) -> None:
+        """Queue a client for all open steps that it has not been asked for, if it is active and owes nothing old."""
+        seat = self.seat.get(session.client)
+        late = bool(session.asked) and session.asked[0] < self.step
+        if seat is None or not self.begun or late:
+            return
+        for batch in self._batches.values():
+            asked = batch.delivered[seat] or session.client in batch.awaited
+            if not asked and batch.step >= max(self.step, session.sits_out):
+                batch.awaited.add(session.client)
+                self._queue.append((session, batch))
+        self._send_orders()
+
+    def _send_orders(self) -> None:
+        """Ask those who queue, as many as the memory under way allows."""
+        while self._queue and (self._transit <= 0 or self._transit + self._message <= TRANSIT):
+            session, batch = self._queue.popleft()
+            if self.service.sessions.get(session.client) is not session:
+                continue
+            client, seat = session.client, self.seat[session.client]
+            if batch.first[seat] < 0:  # who comes back is asked for the same images
+                batch.first[seat] = self.drawn[client]
+                self.drawn[client] += self.sizes[seat]
+            self._transit += self._message
+            session.asked.append(batch.step)
+            weights = self._due_weights(session)
+            self.activated[client] = True
+            draw = Draw(step=batch.step, first=int(batch.first[seat]))
+            session.send(partial(self._order, _taken(session), None, weights, draw))
+
+    def _due_weights(self, session: Session) -> WeightsMessage | None:
+        """The average, for a client that was not handed it yet or is to start afresh."""
+        if session.generation == self._generation and not session.restart:
+            return None
+        if self.frozen:
+            momentum = "none"
+        elif self.config.sync.momentum:
+            momentum = "momentum"
+        elif session.has_momentum:
+            momentum = "none"
+        else:
+            momentum = "online" if self.activated[session.client] else "initial"
+        message = self._weights(session.restart, momentum)
+        session.generation, session.has_momentum, session.restart = self._generation, True, False
+        if session.gradient is not None:
+            session.gradient = None  # of weights that are replaced
+        return message
+
+    def _weights(self, restart: bool, momentum: str) -> WeightsMessage:
+        """The halves to hand out: one message for all clients. ``momentum`` names the half that is handed out as it."""
+        if (message := self._packed.get((restart, momentum))) is None:
+            tensors = {f"online.{name}": t.numpy() for name, t in self.online.items()}
+            if momentum != "none":
+                tensors |= {f"momentum.{name}": t.numpy() for name, t in getattr(self, momentum).items()}
+            tensors |= {"mean": self.mean, "std": self.std}
+            message = self._packed[restart, momentum] = pack_weights(tensors, restart=restart)
+        return message
+
+    def _order(
+        self, gradient: Gradient | None, collect: int | None, weights: WeightsMessage | None, draw: Draw | None
+    ) -> Order:
+        """Put an order together. The gradient is read only now, so that those that wait need no memory of their own."""
+        order = Order(draw=draw, weights=weights, collect=None if collect is None else Collect(number=collect))
+        if gradient is not None:
+            step, lr, array = gradient
+            order.gradients.step, order.gradients.lr = step, lr
+            order.gradients.query.CopyFrom(pack(array))
+            self.counts["tensor_bytes_out"] += array.nbytes
+        if weights is not None:
+            self.counts["tensor_bytes_out"] += sum(len(t.data) for t in weights.tensors.values())
+        return order
+
+    async def note_gradients(self, lr: float) -> None:
+        """The gradients now lie where the latents of the step were: they go out with their clients' next orders."""
+        assert self.current is not None
+        array, step = self.current.query.numpy(), self.current.step
+        for seat in self.used.tolist():
+            session = self.service.sessions.get(int(self.pool[seat]))
+            if session is not None and session.delivered == step:  # else it has come back, and begins anew
+                rows = slice(int(self.starts[seat]), int(self.starts[seat] + self.sizes[seat]))
+                session.gradient = (step, lr, array[:, rows])
+
+    async def synchronise(self) -> None:
+        """Average, and hand the average out with the next orders."""
+        halves = await self.collect()
+        self.contributed[:] = 0
+        if halves is not None:
+            self.online, self.momentum = halves
+            self._generation += 1
+            self._packed.clear()
+
+    def unused_draws(self) -> NDArray[np.int64]:
+        """(N,) int64, images that clients were asked for ahead of time, and will be asked for again after a resume."""
+        unused = np.zeros_like(self.drawn)
+        for batch in self._batches.values():
+            asked = batch.first >= 0
+            unused[self.pool[asked]] += self.sizes[asked]
+        return unused
+
+    async def collect(self) -> Halves | None:
+        """Average the halves of those who took part since the last average; None if nobody has moved or answers."""
+        if self.frozen or not self.contributed.any():
+            return None
+        if self._collected_at == self.step:
+            return self._collected_halves
+        number = self._collect_number = self._collect_number + 1
+        self._collected, self._collect_from = {}, set()
+        for session in self.service.sessions.values():
+            current = session.generation == self._generation and not session.asked and session.collecting is None
+            if current and self.contributed[session.client]:
+                session.collecting = number
+                self._collect_from.add(session.client)
+                session.send(partial(self._order, _taken(session), number, None, None))
+        deadline = time.monotonic() + self.settings.step_timeout
+        while self._collect_from and (left := deadline - time.monotonic()) > 0:
+            await self._change(left)
+        if self._collect_from:
+            self.counts["not_averaged"] += len(self._collect_from)
+            self.events("not averaged", clients=sorted(self._collect_from))
+            self._collect_from = set()
+        self._collected_at, self._collected_halves = self.step, self._averaged()
+        return self._collected_halves
+
+    def _averaged(self) -> Halves | None:
+        if not self._collected:
+            self.events("no average", why="no client sent its weights")
+            return None
+        clients = sorted(self._collected)
+        weights = torch.from_numpy(self.contributed[clients].astype(np.float32))
+        means = {
+            name: self._combine(torch.from_numpy(np.stack([self._collected[c][name] for c in clients])), weights)
+            for name in self._specification
+        }
+        self._collected = {}
+        halves = tuple(
+            {name.partition(".")[2]: mean for name, mean in means.items() if name.startswith(part)}
+            for part in ("online.", "momentum.")
+        )
+        return halves[0], halves[1] or self.momentum
+
+    # The door's host (service.Host)
+
+    def welcome(self, client: int) -> Welcome:
+        """The settings for a client."""
+        config = self.config
+        if client >= config.clients.number:
+            raise Refused(
+                Goodbye.REFUSED, f"there is no client {client}: the run has {config.clients.number} (clients.number)"
+            )
+        rich = client >= config.clients.number - config.rich
+        batch = config.clients.batch * (config.clients.rich_batch_factor if rich else 1)
+        told = {
+            "seed": config.seed,
+            "data": {"size": self.size, "channels": self.channels},
+            "augment": config.augment.model_dump(mode="json"),
+            "model": config.model.model_dump(mode="json"),
+            "contrast": config.contrast.model_dump(mode="json", include={"momentum", "symmetric", "both_views"}),
+            "clients": {"batch": batch, "frozen": self.frozen},
+            "sync": {"momentum": config.sync.momentum},
+            "defence": config.defence.model_dump(mode="json"),
+            "train": config.train.model_dump(mode="json", include={"momentum", "weight_decay", "precision"}),
+        }
+        return Welcome(client=client, settings=json.dumps(told), heartbeat=self.settings.heartbeat, frozen=self.frozen)
+
+    def free_number(self) -> int:
+        """The lowest number that no client has."""
+        taken = self.service.taken
+        for client in range(self.config.clients.number):
+            if client not in taken:
+                return client
+        raise Refused(Goodbye.BUSY, f"all {self.config.clients.number} clients are there (clients.number)")
+
+    def check_ready(self, ready: Ready) -> None:
+        """Pixel statistics must be those of some images."""
+        if not 0 < ready.images <= MOST_IMAGES:
+            raise Violation(f"{ready.images} images; accepted are 1 to {MOST_IMAGES}")
+        if not len(ready.sums) == len(ready.squares) == self.channels:
+            raise Violation(f"statistics of {len(ready.sums)} channels; the images have {self.channels}")
+        pixels = ready.images * self.size**2
+        for total, squares in zip(ready.sums, ready.squares, strict=True):
+            if squares > 255 * total or total**2 > squares * pixels:
+                raise Violation("statistics that no images have")
+
+    def entered(self, session: Session) -> None:
+        """A client has joined: it is asked at once if a step is under way."""
+        self._ask(session)
+        self._changed.set()
+
+    def received(self, session: Session, message: ClientMessage) -> None:
+        """Latents or weights, as ordered."""
+        if message.WhichOneof("kind") == "latents":
+            self._take_latents(session, message.latents)
+        else:
+            self._take_weights(session, message.weights)
+
+    def _take_latents(self, session: Session, message: LatentsMessage) -> None:
+        if not session.asked:
+            raise Violation("latents that nobody asked for")
+        if message.step != session.asked[0]:
+            raise Violation(f"latents of step {message.step}, and step {session.asked[0]} comes first")
+        client, batch = session.client, self._batches.get(message.step)
+        images = self.config.clients.batch
+        if client >= self.config.clients.number - self.config.rich:
+            images *= self.config.clients.rich_batch_factor
+        shape = (self.views, images, *self.shape)
+        pieces = [
+            unpack_latents(tensor, shape, self.settings.max_latent, name)
+            for tensor, name in ((message.query, "query latents"), (message.key, "key latents"))
+        ]
+        self.counts["tensor_bytes_in"] += sum(piece.nbytes for piece in pieces)
+        session.asked.popleft()
+        if batch is None or client not in batch.awaited:
+            self.counts["late"] += 1
+            self.events("late", client=client, step=message.step)
+            self._ask(session)
+            return
+        self._transit -= self._message
+        seat = self.seat[client]
+        rows = slice(int(self.starts[seat]), int(self.starts[seat] + self.sizes[seat]))
+        for buffer, piece in zip((batch.query, batch.key), pieces, strict=True):
+            buffer.numpy()[:, rows] = piece
+        batch.delivered[seat] = True
+        batch.awaited.discard(client)
+        session.delivered, session.misses = batch.step, 0
+        self.counts["latents"] += 1
+        self._send_orders()
+        if not batch.awaited:
+            self._changed.set()
+
+    def _take_weights(self, session: Session, message: WeightsMessage) -> None:
+        if session.collecting is None:
+            raise Violation("weights that nobody asked for")
+        if message.number != session.collecting:
+            raise Violation(f"weights of collection {message.number} instead of {session.collecting}")
+        arrays = unpack_weights(message, self._specification)
+        self.counts["tensor_bytes_in"] += sum(array.nbytes for array in arrays.values())
+        session.collecting = None
+        if session.client not in self._collect_from:
+            self.counts["late"] += 1
+            return
+        self._collected[session.client] = arrays
+        self._collect_from.discard(session.client)
+        if not self._collect_from:
+            self._changed.set()
+
+    def gone(self, session: Session) -> None:
+        """A client has left: nothing of it is waited for."""
+        for batch in self._batches.values():
+            if session.client in batch.awaited:
+                batch.awaited.discard(session.client)
+                if batch.step in session.asked:
+                    self._transit -= self._message
+        self._collect_from.discard(session.client)
+        self.counts["bytes_of_the_gone"] += session.sent + session.received
+        self.events("left", client=session.client)
+        self._send_orders()
+        self._changed.set()
+
+    async def _change(self, seconds: float) -> None:
+        """Wait until something has happened, at most so long."""
+        self._changed.clear()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), seconds)
+
+
+def _taken(session: Session) -> Gradient | None:
+    """The gradient that a client is still to be sent; it is sent once."""
+    gradient, session.gradient = session.gradient, None
+    return gradient
