@@ -327,14 +327,14 @@ def _join(args: Sequence[str]) -> int:
     import torch
 
     from mocosfl.experiment import choose_device
-    from mocosfl.network.client import Client, take_part
+    from mocosfl.network.client import Client
     from mocosfl.network.worker import TorchWorker
 
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     torch.set_num_threads(given.threads)
     client = Client(given.join, TorchWorker(given.data, choose_device(given.device), say), say)
     try:
-        take_part(client)
+        client.run()
     finally:
         traffic = client.traffic
         say(

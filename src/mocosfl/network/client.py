@@ -124,13 +124,24 @@ class Client:
     _ready: bool = False
 
     def run(self) -> None:
-        """Take part until the run is over.
+        """Take part until the run is over. Ctrl-C and SIGTERM tell the server before they end it.
 
         Raises:
             RunError: the server does not want this client, or was not there for ``give_up`` seconds.
-            KeyboardInterrupt: Ctrl-C; the server has been told.
+            KeyboardInterrupt: it was asked to stop.
         """
-        asyncio.run(self.take_part())
+
+        async def main() -> None:
+            task = asyncio.ensure_future(self.take_part())
+            for number in (signal.SIGINT, signal.SIGTERM):
+                with suppress(NotImplementedError, ValueError, RuntimeError):  # Windows; not the main thread
+                    asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+            try:
+                await task
+            except asyncio.CancelledError:
+                raise KeyboardInterrupt from None
+
+        asyncio.run(main())
 
     async def take_part(self) -> None:
         """``run``, in a loop that exists."""
@@ -324,25 +335,3 @@ class _Talk:
         if found != kind:
             raise Violation(f"the server sent a {found} instead of a {kind}")
         return message
-
-
-def take_part(client: Client) -> None:
-    """Run a client; Ctrl-C and SIGTERM tell the server before they end it.
-
-    Raises:
-        RunError: as ``Client.run``.
-        KeyboardInterrupt: it was asked to stop.
-    """
-
-    async def main() -> None:
-        task = asyncio.ensure_future(client.take_part())
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with suppress(NotImplementedError):  # Windows
-                loop.add_signal_handler(number, task.cancel)
-        try:
-            await task
-        except asyncio.CancelledError:
-            raise KeyboardInterrupt from None
-
-    asyncio.run(main())
