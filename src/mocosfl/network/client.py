@@ -56,6 +56,10 @@ LARGEST = 2**30
 """Bytes of the largest message that the server may send: weights of a client half."""
 HELLO_SECONDS = 20.0
 """A server that has not said anything by then is not one."""
+INBOX = 4
+"""Messages of the server that wait while the worker is busy, at most."""
+LOST = (grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError)
+"""What gRPC raises when a connection is gone."""
 
 
 class Worker(Protocol):
@@ -158,7 +162,7 @@ class Client:
                 reason = why.reason
             except Violation as error:
                 reason = str(error)
-            except grpc.RpcError as error:
+            except LOST as error:
                 reason = describe(error)
                 if "CERTIFICATE" in reason.upper():
                     raise RunError(
@@ -212,6 +216,7 @@ class Client:
                 await talk.leave(str(error))
                 raise
             finally:
+                talk.close()
                 sent, received = bytes_of(talk.sockets)
                 self.traffic.sent += sent
                 self.traffic.received += received
@@ -229,9 +234,12 @@ class _Talk:
         self._written = time.monotonic()
         self._drawn: tuple[int, tuple[int, ...]] | None = None  # step and shape whose gradient may come
         self._beating: asyncio.Task[None] | None = None
+        self._listening: asyncio.Task[None] | None = None
+        self._inbox: asyncio.Queue[bytes | Exception] = asyncio.Queue(INBOX)
         self.sockets: list[socket.socket] = []  # held: the server may close them before they are counted
 
     async def hold(self) -> None:
+        self._listening = asyncio.create_task(self._listen())
         try:
             await self._join()
             while True:
@@ -240,15 +248,17 @@ class _Talk:
         except Refused as refusal:
             if refusal.goodbye.code != Goodbye.FINISHED:
                 raise
-        finally:
-            if self._beating is not None:
-                self._beating.cancel()
+
+    def close(self) -> None:
+        """Neither speak nor listen any more."""
+        for task in (self._beating, self._listening):
+            if task is not None:
+                task.cancel()
 
     async def leave(self, reason: str) -> None:
         """Tell the server, if it still listens."""
-        with suppress(grpc.RpcError, asyncio.InvalidStateError, grpc.aio.UsageError, TimeoutError):
-            message = ClientMessage(goodbye=goodbye(Goodbye.STOPPED, reason))
-            await asyncio.wait_for(self._say(message), 2)
+        with suppress(*LOST, TimeoutError):
+            await asyncio.wait_for(self._write(ClientMessage(goodbye=goodbye(Goodbye.STOPPED, reason))), 2)
             await asyncio.wait_for(self.stream.done_writing(), 2)
 
     async def _join(self) -> None:
@@ -316,22 +326,46 @@ class _Talk:
         while True:
             await asyncio.sleep(seconds)
             if time.monotonic() - self._written > seconds / 2:
-                await self._say(ClientMessage(heartbeat=Heartbeat()))
+                with suppress(*LOST):  # whoever speaks or listens next will notice
+                    await self._write(ClientMessage(heartbeat=Heartbeat()))
 
-    async def _say(self, message: ClientMessage) -> None:
+    async def _write(self, message: ClientMessage) -> None:
         async with self._writing:
             self._written = time.monotonic()
             await self.stream.write(message.SerializeToString())
 
-    async def _next(self, kind: str) -> ServerMessage:
-        raw = await self.stream.read()
-        if raw is grpc.aio.EOF:
-            raise Violation("the server hung up")
+    async def _say(self, message: ClientMessage) -> None:
+        try:
+            await self._write(message)
+        except LOST:
+            while True:  # what the server said last tells why
+                await self._next(None)
+
+    async def _listen(self) -> None:
+        """Take in what the server says, also while the worker is busy: nothing can be read after the stream's end."""
+        try:
+            while (raw := await self.stream.read()) is not grpc.aio.EOF:
+                await self._inbox.put(raw)
+            await self._inbox.put(Violation("the server hung up"))
+        except LOST as error:
+            await self._inbox.put(error)
+
+    async def _next(self, kind: str | None) -> ServerMessage:
+        """What the server says next, of this kind; of any where there is none.
+
+        Raises:
+            Refused: it says goodbye.
+            Violation: it says something else, or nothing any more.
+            grpc.RpcError: the connection is lost.
+        """
+        raw = await self._inbox.get()
+        if isinstance(raw, Exception):
+            raise raw
         message = from_server(raw)
         found = message.WhichOneof("kind")
         if found == "goodbye":
             why = message.goodbye
             raise Refused(why.code, why.reason)
-        if found != kind:
+        if kind not in (None, found):
             raise Violation(f"the server sent a {found} instead of a {kind}")
         return message

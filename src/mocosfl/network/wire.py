@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import grpc
 import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
@@ -187,7 +186,7 @@ class Refused(Exception):
         self.goodbye = goodbye(code, reason)
 
 
-def describe(error: grpc.RpcError) -> str:
+def describe(error: Exception) -> str:
     """What went wrong with a connection, in a few words."""
     details = error.details() if hasattr(error, "details") else str(error)
     code = error.code().name if hasattr(error, "code") else type(error).__name__

@@ -1,0 +1,105 @@
+"""Clients on the network train as simulated ones do."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peers import Commands, digits, free_port, last_figures, losses
+from safetensors.torch import load_file
+
+import mocosfl
+from mocosfl.config import Config
+from mocosfl.encoder import Encoder
+
+CALM = {"train.lr": 3e-5, "train.epochs": 0.13, "contrast.momentum": 0.5, "sync.every": 3}
+"""14 steps in which rounding does not grow; any other order of updates shows a hundred times above the tolerances."""
+
+
+def half(run: Path) -> torch.Tensor:
+    weights = load_file(run / "encoder.safetensors")
+    return torch.cat([weights[name].flatten() for name in sorted(weights) if name.startswith("client.")])
+
+
+def assert_equal_runs(ours: Path, theirs: Path, config: Config) -> None:
+    """Losses of every step, and how far the client half has moved."""
+    one, two = losses(ours), losses(theirs)
+    assert one.keys() == two.keys()
+    assert len(one) > 10
+    for step, loss in two.items():
+        assert one[step] == pytest.approx(loss, rel=2e-5), f"step {step}"
+    if config.clients.frozen:
+        assert torch.equal(half(ours), half(theirs))
+        return
+    start = Encoder(config.model, 1, 8, config.seed).client.state_dict()
+    moved = half(theirs) - torch.cat([start[name].flatten() for name in sorted(start)])
+    assert moved.norm() > 1e-4
+    assert (half(ours) - half(theirs)).norm() < 1e-3 * moved.norm()
+
+
+def test_separate_processes_train_as_simulated_clients_do(
+    start: Commands, data: Callable[..., Path], tmp_path: Path
+) -> None:
+    config, folder = digits(**CALM), data()
+    server = start.serve(config)
+    port = server.port()
+    clients = [start.join(port, folder / f"client-{number}", "--client", number) for number in range(3)]
+    mocosfl.train(config, tmp_path / "simulated")
+    for client in clients:
+        assert "the run is over" in client.ends_well()
+        assert "14 steps; " in client.said
+    server.ends_well()
+    assert_equal_runs(tmp_path / "run", tmp_path / "simulated", config)
+    figures = last_figures(tmp_path / "run")
+    assert figures["latents"] == 3 * 14
+    assert figures["stragglers"] == figures["late"] == figures["violations"] == 0
+
+
+POOLED = {"clients.number": 6, "clients.pool": 3, "clients.round": 5, "sync.every": 2}
+RUNS = {
+    "one-way": {"contrast.symmetric": False, "sync.momentum": False},
+    "pooled": POOLED,
+    "pooled-one-way": POOLED | {"sync.momentum": False, "contrast.symmetric": False},
+    "both-views-median": {"contrast.both_views": True, "model.client_norm": "batch", "sync.average": "median"},
+    "frozen": {"clients.frozen": True},
+}
+
+
+@pytest.fixture(scope="module")
+def networked(data: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple]]:
+    """All runs over the network, in one server process and one process of clients, and their simulation."""
+    folder = tmp_path_factory.mktemp("networked")
+    mocosfl.train(digits(**{"train.epochs": 0.05}), folder / "half")
+    done, served, joined = {}, [], []
+    for name, changes in RUNS.items():
+        start = {"clients.init": str(folder / "half")} if name == "frozen" else {}
+        config, port = digits(**CALM | changes | start), free_port()
+        (folder / f"{name}.yaml").write_text(config.to_yaml())
+        served.append([str(folder / f"{name}.yaml"), str(folder / name), port])
+        number = config.clients.number
+        joined.append([port, str(data(**{"clients.number": number})), 0, number])
+        done[name] = folder / name, folder / f"{name}-simulated", config
+    commands = Commands(folder)
+    server, crew = commands.hall(*served), commands.crew(*joined[0][:2], range(*joined[0][2:]), *joined[1:])
+    for _, simulated, config in done.values():
+        mocosfl.train(config, simulated)
+    server.ends_well()
+    crew.ends_well()
+    yield done
+    commands.stop()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_networked_run_equals_a_simulated_one(name: str, networked: dict[str, tuple]) -> None:
+    assert_equal_runs(*networked[name])
+
+
+def test_frozen_clients_are_sent_their_half_once_and_no_gradient(networked: dict[str, tuple]) -> None:
+    run, simulated, config = networked["frozen"]
+    weights = load_file(Path(config.clients.init) / "encoder.safetensors")
+    halves = 3 * 4 * sum(weights[name].numel() for name in weights if name.startswith("client."))
+    statistics = 3 * 2 * 4
+    assert last_figures(run)["tensor_bytes_out"] == halves + statistics
+    facts = json.loads((run / "data.json").read_text())
+    assert [facts["mean"], facts["std"]] == json.loads((simulated / "data.json").read_text())["input"]
