@@ -23,8 +23,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-bench: $(STAMP)  ## all benchmarks, about 20 minutes on 2 cores; results in benchmarks/results
-	for name in clients compute step epoch scaling; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+bench: $(STAMP)  ## all benchmarks, about 40 minutes on 2 cores; results in benchmarks/results
+	for name in clients compute step epoch scaling network; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 bench-gpu: $(STAMP)  ## all benchmarks and the headline run on one NVIDIA GPU, CIFAR-10 from SOURCE
 	for name in clients compute step epoch; do $(BIN)/python -m benchmarks.$$name --device cuda || exit 1; done

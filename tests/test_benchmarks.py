@@ -46,6 +46,25 @@ def test_a_benchmark_writes_its_result(name: str, tmp_path: Path) -> None:
     assert result["repeats"] == 1
 
 
+def test_what_the_network_costs_is_measured_beside_bare_grpc(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    words = ["--clients", "3", "--sizes", "4", "--tls", "off", "--frozen", "3", "--seconds", "1", "--warm-up", "0.2"]
+    done = run("network", *words, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    learning, frozen = json.loads(out.read_text())["cases"]
+    for case, is_frozen in ((learning, False), (frozen, True)):
+        assert (case["clients"], case["kib"], case["tls"], case["frozen"]) == (3, 4, False, is_frozen)
+        for name in ("ours", "bare"):
+            figures = {figure: timing["median"] for figure, timing in case[name].items() if figure != "rss_mib"}
+            assert all(value > 0 for value in figures.values()), figures
+            assert figures["p50_ms"] <= figures["p99_ms"]
+        assert case["ours"]["latents_per_second"]["median"] == pytest.approx(
+            3 * case["ours"]["steps_per_second"]["median"], rel=1e-3
+        )
+        assert case["ours"]["peak_mib"]["median"] >= case["ours"]["rss_mib"]["joined"]
+        assert case["ratio"]["median"] > 0
+
+
 def test_the_headline_stops_in_time_goes_on_and_writes_its_result(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     words = ["--recipe", "digits", "--out", str(tmp_path / "run"), "--json", str(out), "--set", *TINY]
