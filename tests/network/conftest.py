@@ -50,9 +50,17 @@ def member(loop: Loop) -> Callable[..., Member]:
 
 
 @pytest.fixture
-def proxy(loop: Loop) -> Callable[[int], Proxy]:
+def proxy(loop: Loop) -> Iterator[Callable[[int], Proxy]]:
     """Stands between clients and a server: ``proxy(port)``."""
-    return lambda port: Proxy(loop, port)
+    proxies = []
+
+    def make(port: int) -> Proxy:
+        proxies.append(Proxy(loop, port))
+        return proxies[-1]
+
+    yield make
+    for one in proxies:
+        one.stop()
 
 
 @pytest.fixture(scope="session")

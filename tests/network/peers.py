@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -22,6 +23,7 @@ import grpc
 import numpy as np
 import torch
 from torch import nn
+from workers import SHAPE, FakeWorker
 
 from mocosfl.config import Config
 from mocosfl.network.client import Client
@@ -163,6 +165,10 @@ class Commands:
         runs = [[port, str(data), clients.start, clients.stop], *more]
         return self(*map(json.dumps, runs), script=Path(__file__).parent / "crew.py")
 
+    def fakes(self, port: int, *numbers: int) -> Command:
+        """Clients that compute nothing, in one process."""
+        return self(port, *numbers, script=Path(__file__).parent / "workers.py")
+
     def hall(self, *runs: list) -> Command:
         """A server process for several runs, one after the other."""
         return self(*map(json.dumps, runs), script=Path(__file__).parent / "hall.py")
@@ -234,8 +240,9 @@ class Proxy:
     """Carries TCP to a port, and does to it what networks do.
 
     Attributes:
-        delay: seconds that every piece waits, either way; ``None`` now and then.
+        delay: returns the seconds that a piece waits, either way.
         hole: what arrives is swallowed, and nobody is told.
+        shut: nobody is let in.
         source: address that it connects from.
         connections: so far.
     """
@@ -247,7 +254,6 @@ class Proxy:
         self.shut = False
         self.source: str | None = None
         self.connections = 0
-        self.carried: list[bytes] = []
         self._writers: set[asyncio.StreamWriter] = set()
         self.server = loop.run(asyncio.start_server(self._carry, "127.0.0.1", 0))
         self.port = self.server.sockets[0].getsockname()[1]
@@ -284,25 +290,22 @@ class Proxy:
             writer.transport.abort()
             other.transport.abort()
 
-    def reset(self) -> int:
-        """Reset every connection, as TCP does: RST both ways. Returns how many."""
+    def stop(self) -> None:
+        async def close() -> None:
+            self.server.close()
 
-        async def cut() -> int:
-            ends = list(self._writers)
-            for end in ends:
+        self.loop.run(close())
+
+    def cut(self, chance: random.Random | None = None) -> None:
+        """Reset every connection, or some: RST both ways. To be called in the loop."""
+        for end in list(self._writers):
+            if chance is None or chance.random() < 0.5:
                 handle = end.get_extra_info("socket")
                 handle.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 end.transport.abort()
-            return len(ends) // 2
-
-        return self.loop.run(cut())
 
 
 # A server whose client half is one linear layer
-
-SHAPE = (3,)
-"""Of a latent."""
-SPECIFICATION = {"weight": (3, 2), "bias": (3,)}
 
 
 class Host:
@@ -319,7 +322,8 @@ class Host:
         self.cohort = RemoteCohort(
             nn.Linear(2, 3), self.config, self.settings, SHAPE, 1, 8, torch.device("cpu"), self._note
         )
-        self.service = self.cohort.service
+        self.exchange = self.cohort.exchange
+        self.service = self.exchange.service
         self.cohort.start()
         self.port = self.service.port
         self.steps = 0
@@ -336,7 +340,7 @@ class Host:
 
     @property
     def counts(self) -> Mapping[str, int]:
-        return self.cohort.counts + self.service.counts
+        return self.exchange.counts + self.service.counts
 
     def begin(self, clients: int) -> None:
         """Wait for so many clients, and let them begin."""
@@ -351,7 +355,7 @@ class Host:
     def step(self, sync: bool = False) -> Any:
         """One step; the gradient at an image's latent is that latent."""
         latents = self.cohort.forward()
-        if not self.cohort.frozen:
+        if not self.exchange.frozen:
             self.cohort.backward(latents.query.clone(), 0.5)
         self.steps += 1
         if sync:
@@ -362,76 +366,6 @@ class Host:
         if not self._stopped:
             self._stopped = True
             self.cohort.stop(finished)
-
-
-class FakeWorker:
-    """A client without PyTorch: it computes nothing, and writes down what it is asked.
-
-    Attributes:
-        calls: ("take", ...), ("draw", step), ("learn", step), ("weights",) in order.
-        drawing, learning: called with the step before it answers; what ``drawing`` returns is sent, if anything.
-    """
-
-    capabilities: tuple[str, ...] = ("learn", "forward")
-
-    def __init__(self, shape: tuple[int, ...] = (1, 2, *SHAPE), names: Mapping[str, tuple] = SPECIFICATION) -> None:
-        self.images = 10
-        self.shape, self.names = shape, dict(names)
-        self.calls: list[tuple] = []
-        self.drawing: Callable[[int], Any] = lambda step: None
-        self.learning: Callable[[int], None] = lambda step: None
-        self.momentum = True
-
-    def prepare(self, welcome: Any) -> tuple[int, list[int], list[int]]:
-        self.told = json.loads(welcome.settings)
-        self.momentum = self.told["sync"]["momentum"]
-        channels = self.told["data"]["channels"]
-        pixels = self.images * self.told["data"]["size"] ** 2
-        return self.images, [100 * pixels] * channels, [20_000 * pixels] * channels
-
-    def specification(self, names: frozenset[str]) -> dict[str, tuple[tuple[int, ...], str]]:
-        own = {
-            "mean": ((self.told["data"]["channels"],), "float32"),
-            "std": ((self.told["data"]["channels"],), "float32"),
-        }
-        return {name: own[name] if name in own else (self.names[name.partition(".")[2]], "float32") for name in names}
-
-    def take(self, weights: Mapping[str, np.ndarray], restart: bool) -> None:
-        self.calls.append(("take", restart))
-
-    def draw(self, step: int, first: int) -> tuple[np.ndarray, np.ndarray]:
-        self.calls.append(("draw", step, first))
-        if (answer := self.drawing(step)) is not None:
-            return answer
-        numbers = np.random.default_rng(step).standard_normal((2, *self.shape)).astype(np.float32)
-        return numbers[0], numbers[1]
-
-    def learn(self, step: int, gradient: np.ndarray, lr: float) -> None:
-        self.calls.append(("learn", step))
-        self.learning(step)
-
-    def weights(self) -> dict[str, np.ndarray]:
-        self.calls.append(("weights",))
-        parts = ("online.", "momentum.") if self.momentum else ("online.",)
-        return {part + name: np.ones(shape, np.float32) for part in parts for name, shape in self.names.items()}
-
-    def steps(self, kind: str) -> list[int]:
-        return [call[1] for call in list(self.calls) if call[0] == kind]
-
-
-def learned_twice(calls: list[tuple]) -> list[int]:
-    """Steps that a client learned again without being handed weights in between, or that were not its last draw."""
-    wrong, since, drawn = [], set(), None
-    for call in calls:
-        if call[0] == "take":
-            since, drawn = set(), None
-        elif call[0] == "draw":
-            drawn = call[1]
-        elif call[0] == "learn":
-            if call[1] in since or call[1] != drawn:
-                wrong.append(call[1])
-            since.add(call[1])
-    return wrong
 
 
 class Member:

@@ -250,6 +250,10 @@ class Exchange:
             left = deadline - time.monotonic()
             if enough and (not batch.awaited or left <= 0):
                 break
+            if not enough and not batch.awaited:  # nobody who is there can be spared
+                for session in self.service.sessions.values():
+                    session.sits_out = 0
+                    self._ask(session)
             await self._change(max(left, 0.01) if enough else 1.0)
         self._close(batch)
         del self._batches[self.step]

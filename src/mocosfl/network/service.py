@@ -357,6 +357,8 @@ class Service:
 
     async def _read(self, session: Session) -> None:
         while (raw := await session.context.read()) is not grpc.aio.EOF:
+            if session.ended.is_set():  # sent away, or replaced: it has no say any more
+                return
             message = self._checked(session, raw)
             kind = message.WhichOneof("kind")
             if kind == "goodbye":
