@@ -324,7 +324,11 @@ class Host:
         )
         self.exchange = self.cohort.exchange
         self.service = self.exchange.service
-        self.cohort.start()
+        try:
+            self.cohort.start()
+        except BaseException:
+            self.cohort.stop(False)
+            raise
         self.port = self.service.port
         self.steps = 0
         self.stopping = False
