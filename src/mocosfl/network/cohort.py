@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import TimeoutError as StillWaiting
@@ -76,15 +77,18 @@ class RemoteCohort:
     def stop(self, finished: bool) -> None:
         """Send all clients away, for good or until the server is back, and stop listening."""
         if not self._thread.is_alive():
+            self._loop.close()
             return
         if finished:
             code, reason = Goodbye.FINISHED, "the run is over"
         else:
             code, reason = Goodbye.STOPPED, "the server is stopping"
         self._call(self.exchange.service.stop(code, reason))
+        self._call(_let_go())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        gc.unfreeze()
 
     def gather(self, count: int, say: Callable[[int], None] = lambda present: None) -> tuple[int, NDArray, NDArray]:
         """Wait until so many clients have joined.
@@ -102,6 +106,8 @@ class RemoteCohort:
         """Let the clients start from the half as it is; images are normalised with these, (C,)."""
         self.exchange.mean, self.exchange.std = mean.astype(np.float32), std.astype(np.float32)
         self.exchange.begun = True
+        gc.collect()
+        gc.freeze()  # what is there stays: not to be looked through for every few hundred messages
 
     def follow(self, steps: int, round_steps: int | None, stopping: Callable[[], bool]) -> None:
         """What the cohort needs to know of the run.
@@ -151,7 +157,7 @@ class RemoteCohort:
             batch.query[:, torch.from_numpy(rows)] = gradients.to("cpu")
         else:
             batch.query.copy_(gradients)  # waits for the device
-        self._call(self.exchange.note_gradients(lr))
+        self._loop.call_soon_threadsafe(self.exchange.note_gradients, lr)
         return {}
 
     def synchronise(self) -> None:
@@ -203,3 +209,11 @@ class RemoteCohort:
                 if self._stopping():
                     future.cancel()
                     raise Stopped from None
+
+
+async def _let_go() -> None:
+    """End what is still under way in this loop, such as conversations with strangers."""
+    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
