@@ -9,6 +9,9 @@ bytes with its next order; frozen clients get none, and are asked up to four ste
 - bare: a ``grpc.aio`` server whose handler reads S bytes and writes S / 2 (frozen: 16), on as many connections. It
   looks at nothing, keeps nothing, and waits for nobody; ours waits for all clients in every step.
 
+Whatever else the machine does disturbs the ratio of latents a second; that of processor time, of server and clients
+together, it disturbs less. On a machine with a core or two the two are the same, if clients are many.
+
 The clients need about as much of the processor as the server, and share it: the latents a second are those of both
 together, and a server with a machine to itself is faster. The loopback device never loses or delays a packet.
 """
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import resource
 import subprocess
@@ -106,6 +110,7 @@ class Meter:
     def begin(self) -> None:
         """The measurement begins."""
         self.times = []
+        say(begins=True)
         self.start, self.cpu = time.perf_counter(), time.process_time()
 
     def report(self, latents: int, steps: int) -> None:
@@ -113,6 +118,7 @@ class Meter:
         wall, cpu = time.perf_counter() - self.start, time.process_time() - self.cpu
         p50, p99 = np.percentile(self.times, (50, 99))
         say(
+            latents=latents,
             steps_per_second=steps / wall,
             latents_per_second=latents / wall,
             p50_ms=1e3 * p50,
@@ -337,7 +343,11 @@ def measure(case: Case) -> dict[str, Any]:
         for part in ((0, middle), (middle, case.clients)):
             if part[0] < part[1]:
                 start(port=port, range=part)
+        told()
+        before = cpu_seconds(processes)
         figures = told()
+        spent = cpu_seconds(processes) - before
+        figures["cpu_seconds_of_all_per_1000_latents"] = 1e3 * spent / figures["latents"]
         if any(process.poll() is not None for process in processes[1:]):
             raise RuntimeError(f"clients have ended: {case}")
     finally:
@@ -347,6 +357,12 @@ def measure(case: Case) -> dict[str, Any]:
         for process in processes:
             process.communicate()
     return figures
+
+
+def cpu_seconds(processes: Sequence[subprocess.Popen[str]]) -> float:
+    """Processor time that processes have used, to a hundredth of a second each."""
+    fields = [Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2] for process in processes]
+    return sum(int(tick) for line in fields for tick in line.split()[11:13]) / os.sysconf("SC_CLK_TCK")
 
 
 def certify(folder: Path) -> None:
@@ -367,6 +383,7 @@ FIGURES = (
     "latents_per_second",
     "p50_ms",
     "p99_ms",
+    "cpu_seconds_of_all_per_1000_latents",
     "cpu_seconds_per_1000_latents",
     "cpu_share",
     "peak_mib",
@@ -411,6 +428,11 @@ def main() -> None:
     facts = []
     for case, bare in pairs.items():
         ratio = rates[case] / rates[bare]
+        costs = [
+            common.Timing(tuple(figures["cpu_seconds_of_all_per_1000_latents"] for figures in found[each]))
+            for each in (bare, case)
+        ]
+        by_cpu = costs[0] / costs[1]
         fact: dict[str, Any] = {"clients": case.clients, "kib": case.kib, "tls": case.tls, "frozen": case.frozen}
         for each, name in ((case, "ours"), (bare, "bare")):
             timings = {figure: common.Timing(tuple(f[figure] for f in found[each])) for figure in FIGURES}
@@ -419,14 +441,27 @@ def main() -> None:
                     f"{case.clients:,} x {case.kib} KiB" + ", frozen" * case.frozen + ", TLS" * case.tls,
                     name,
                     *(f"{timings[figure].median:,.4g}" for figure in FIGURES),
-                    ratio if each is case else "",
+                    *([ratio, f"{by_cpu.median:.3g}"] if each is case else ["", ""]),
                 ]
             )
             fact[name] = {figure: timing.facts() for figure, timing in timings.items()}
             fact[name]["rss_mib"] = found[each][-1]["rss_mib"]
-        facts.append(fact | {"ratio": ratio.facts()})
-    columns = ("clients x latents", "", "steps/s", "latents/s", "p50 ms", "p99 ms", "CPU s / 1,000", "CPU", "peak MiB")
-    common.show("latents over the network, and bare gRPC", (*columns, "ratio"), rows)
+        facts.append(fact | {"ratio": ratio.facts(), "ratio_by_cpu": by_cpu.facts()})
+    columns = (
+        "clients x latents",
+        "",
+        "steps/s",
+        "latents/s",
+        "p50 ms",
+        "p99 ms",
+        "CPU s, all",
+        "CPU s",
+        "CPU",
+        "peak MiB",
+    )
+    common.show(
+        "latents over the network, and bare gRPC; CPU s: for 1,000 latents", (*columns, "ratio", "by CPU"), rows
+    )
     figures = {
         "unit": "medians; of bare, a step is a latent of every client, and its time that between two of one client",
         "goals": GOALS,

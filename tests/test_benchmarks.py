@@ -63,6 +63,7 @@ def test_what_the_network_costs_is_measured_beside_bare_grpc(tmp_path: Path) -> 
         )
         assert case["ours"]["peak_mib"]["median"] >= case["ours"]["rss_mib"]["joined"]
         assert case["ratio"]["median"] > 0
+        assert case["ratio_by_cpu"]["median"] > 0
 
 
 def test_the_headline_stops_in_time_goes_on_and_writes_its_result(tmp_path: Path) -> None:
