@@ -58,7 +58,7 @@ HELLO_SECONDS = 20.0
 """A server that has not said anything by then is not one."""
 INBOX = 4
 """Messages of the server that wait while the worker is busy, at most."""
-LOST = (grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError)
+LOST = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
 """What gRPC raises when a connection is gone."""
 
 

@@ -50,6 +50,8 @@ class Registry:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             hashes = {int(number): str(digest) for number, digest in content["clients"].items()}
+            if wrong := [number for number, digest in hashes.items() if not re.fullmatch("[0-9a-f]{64}", digest)]:
+                raise ValueError(f"client {wrong[0]} has no hash of a token")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(f"{self.path} is not a clients' file as `mocosfl enroll` writes it: {error}") from error
         self._hashes, self._stamp = hashes, stamp

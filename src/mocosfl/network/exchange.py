@@ -36,7 +36,7 @@ from mocosfl.network.wire import (
     Refused,
     Specification,
     Violation,
-    pack,
+    pack_into,
     pack_weights,
     unpack_latents,
     unpack_weights,
@@ -44,7 +44,7 @@ from mocosfl.network.wire import (
 from mocosfl.randomness import POOL, bits
 from mocosfl.sync import averaging
 
-TRANSIT = 64 * 2**20
+TRANSIT = 16 * 2**20
 """Bytes of latents that clients are asked for at a time. It bounds the memory of messages under way; where all
 latents of a step are larger, clients are asked in turn."""
 AHEAD = 256 * 2**20
@@ -66,6 +66,7 @@ class Batch:
     Attributes:
         step: its number.
         query, key: (V, n, ...) float32 in the memory of the host, a piece for every active client.
+        arrays: the same two, for numpy.
         first: (P,) int64, number of each client's first draw; -1 if it has not been asked.
         delivered: (P,) bool.
         awaited: clients that have been asked, or will be, and have not answered.
@@ -74,6 +75,7 @@ class Batch:
     step: int
     query: Tensor
     key: Tensor
+    arrays: tuple[NDArray[np.float32], NDArray[np.float32]]
     first: NDArray[np.int64]
     delivered: NDArray[np.bool_]
     awaited: set[int]
@@ -195,6 +197,7 @@ class Exchange:
         factor = self.config.clients.rich_batch_factor
         self.sizes = self.config.clients.batch * np.where(self.pool >= rich, factor, 1)
         self.starts = np.cumsum(self.sizes) - self.sizes
+        self.bounds = [(s, s + n) for s, n in zip(self.starts.tolist(), self.sizes.tolist(), strict=True)]
         self.seat = {int(client): place for place, client in enumerate(self.pool)}
         self._spare = []
 
@@ -268,7 +271,7 @@ class Exchange:
         else:
             query, key = (torch.empty(self.views, int(self.sizes.sum()), *self.shape) for _ in range(2))
         seats = len(self.pool)
-        return Batch(step, query, key, np.full(seats, -1), np.zeros(seats, bool), set())
+        return Batch(step, query, key, (query.numpy(), key.numpy()), np.full(seats, -1), np.zeros(seats, bool), set())
 
     def _close(self, batch: Batch) -> None:
         """Wait no longer for a step. Who owes its latents is late, and rests if that is not the first time."""
@@ -304,14 +307,15 @@ class Exchange:
             if self.service.sessions.get(session.client) is not session:
                 continue
             client, seat = session.client, self.seat[session.client]
-            if batch.first[seat] < 0:  # who comes back is asked for the same images
-                batch.first[seat] = self.drawn[client]
+            first = int(batch.first[seat])
+            if first < 0:  # who comes back is asked for the same images
+                first = batch.first[seat] = int(self.drawn[client])
                 self.drawn[client] += self.sizes[seat]
             self._transit += self._message
             session.asked.append(batch.step)
             weights = self._due_weights(session)
             self.activated[client] = True
-            draw = Draw(step=batch.step, first=int(batch.first[seat]))
+            draw = Draw(step=batch.step, first=first)
             session.send(partial(self._order, _taken(session), None, weights, draw))
 
     def _due_weights(self, session: Session) -> WeightsMessage | None:
@@ -350,13 +354,13 @@ class Exchange:
         if gradient is not None:
             step, lr, array = gradient
             order.gradients.step, order.gradients.lr = step, lr
-            order.gradients.query.CopyFrom(pack(array))
+            pack_into(order.gradients.query, array)
             self.counts["tensor_bytes_out"] += array.nbytes
         if weights is not None:
             self.counts["tensor_bytes_out"] += sum(len(t.data) for t in weights.tensors.values())
         return order
 
-    async def note_gradients(self, lr: float) -> None:
+    def note_gradients(self, lr: float) -> None:
         """The gradients now lie where the latents of the step were: they go out with their clients' next orders."""
         assert self.current is not None
         array, step = self.current.query.numpy(), self.current.step
@@ -502,9 +506,9 @@ class Exchange:
             return
         self._transit -= self._message
         seat = self.seat[client]
-        rows = slice(int(self.starts[seat]), int(self.starts[seat] + self.sizes[seat]))
-        for buffer, piece in zip((batch.query, batch.key), pieces, strict=True):
-            buffer.numpy()[:, rows] = piece
+        first, last = self.bounds[seat]
+        for buffer, piece in zip(batch.arrays, pieces, strict=True):
+            buffer[:, first:last] = piece
         batch.delivered[seat] = True
         batch.awaited.discard(client)
         session.delivered, session.misses = batch.step, 0

@@ -36,6 +36,11 @@ MISSES, MISSES_SECONDS = 10, 60.0
 """After so many refused joins within so many seconds an address is not listened to until they are over."""
 JOINS, JOINS_SECONDS = 10, 20.0
 """Joins of one client in so many seconds, at most."""
+LISTENING = [("grpc.so_reuseport", 0), ("grpc.experimental.tcp_max_read_buffer_size", 8192)]
+"""Options of the server alone. gRPC keeps a buffer for what a connection may receive next, as large as what came last:
+without a limit, all clients' latents once more."""
+LOST = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
+"""What gRPC raises when a connection is gone."""
 
 Gradient = tuple[int, float, NDArray[np.float32]]
 """Step, learning rate, and the gradient at the query latents, (V, B, ...)."""
@@ -64,6 +69,7 @@ class Session:
         misses: steps in a row that went on without it.
         sits_out: it is not asked before this step.
         sent, received: bytes of messages.
+        writer, writing: sends what is in the outbox; whether it is at it.
     """
 
     client: int
@@ -91,6 +97,8 @@ class Session:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     left: asyncio.Event = field(default_factory=asyncio.Event)
     farewell: Goodbye | None = None
+    writer: asyncio.Task[None] | None = None
+    writing: bool = False
 
     def end(self, code: Goodbye.Code, reason: str) -> None:
         """End the connection after telling the client why. What the first caller says is said."""
@@ -163,7 +171,7 @@ class Service:
         Raises:
             RunError: the address cannot be listened on, or a certificate cannot be used.
         """
-        self.server = grpc.aio.server(options=[*channel_options(self.largest), ("grpc.so_reuseport", 0)])
+        self.server = grpc.aio.server(options=[*channel_options(self.largest), *LISTENING])
         handler: Any = grpc.stream_stream_rpc_method_handler(self._session)  # raw bytes both ways
         service, name = METHOD.strip("/").split("/")
         self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {name: handler}),))
@@ -228,12 +236,14 @@ class Service:
             await self._refuse(context, address, session, refusal.goodbye)
         except Violation as error:
             await self._refuse(context, address, session, goodbye(Goodbye.VIOLATION, str(error)))
-        except (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
+        except LOST as error:
             self.events("connection lost", address=address, client=session and session.client, why=str(error)[:200])
         finally:
             self._numbers.pop(context, None)
             if session is not None:
                 self._let_go(session)
+                if session.writer is not None:
+                    session.writer.cancel()
 
     @property
     def taken(self) -> set[int]:
@@ -319,9 +329,8 @@ class Service:
         self.counts["joined"] += 1
         self.events("joined", client=session.client, address=session.address, images=session.images)
         self.host.entered(session)
-        tasks = [
-            asyncio.create_task(work) for work in (self._read(session), self._write(session), session.ended.wait())
-        ]
+        session.writer = asyncio.create_task(self._write(session))
+        tasks = [session.writer, *map(asyncio.create_task, (self._read(session), session.ended.wait()))]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -329,7 +338,8 @@ class Service:
         finally:
             self._let_go(session)
             for task in tasks:
-                task.cancel()
+                if task is not session.writer or not session.writing:  # what is half sent is sent
+                    task.cancel()
         if session.farewell is not None:
             raise Refused(session.farewell.code, session.farewell.reason)
 
@@ -368,6 +378,7 @@ class Service:
                 raise Violation(f"a second {kind}")
             if kind != "heartbeat":
                 self.host.received(session, message)
+            del raw, message  # not to be kept until the next one comes
         self.events("hung up", client=session.client)
 
     def _checked(self, session: Session, raw: bytes) -> ClientMessage:
@@ -382,12 +393,15 @@ class Service:
         return message
 
     async def _write(self, session: Session) -> None:
-        while True:
+        while not session.left.is_set():
             order = await session.outbox.get()
             raw = ServerMessage(order=order()).SerializeToString()
             del order
             session.sent += len(raw)
+            session.writing = True
             await session.context.write(raw)
+            session.writing = False
+            del raw
 
     async def _refuse(self, context: Any, address: str, session: Session | None, why: Goodbye) -> None:
         """Tell a peer why it is sent away, if it still listens; count it."""
@@ -399,7 +413,10 @@ class Service:
         if kind is not None or session is not None:
             client = None if session is None else session.client
             self.events("sent away", client=client, address=address, code=Goodbye.Code.Name(why.code), why=why.reason)
-        with suppress(grpc.RpcError, asyncio.InvalidStateError, grpc.aio.UsageError, TimeoutError):
+        if session is not None and session.writer is not None:
+            with suppress(TimeoutError):  # one thing is sent at a time
+                await asyncio.wait_for(asyncio.gather(session.writer, return_exceptions=True), 2)
+        with suppress(*LOST, TimeoutError):
             await asyncio.wait_for(_say(context, ServerMessage(goodbye=why)), 2)
 
     def _note_miss(self, address: str) -> None:

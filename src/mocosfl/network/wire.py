@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ SLACK = 64 * 2**10
 
 DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "int64": np.dtype("<i8")}
 
+_NAMES = {kind: name for name, kind in DTYPES.items()}
+
 Specification = Mapping[str, tuple[tuple[int, ...], str]]
 """Shape and dtype of every tensor by name."""
 
@@ -38,10 +41,18 @@ def pack(array: NDArray) -> Tensor:
     Raises:
         TypeError: another dtype.
     """
-    name = array.dtype.name
-    if name not in DTYPES:
-        raise TypeError(f"{name} does not travel; accepted are {', '.join(DTYPES)}")
-    return Tensor(dtype=name, shape=array.shape, data=np.ascontiguousarray(array, DTYPES[name]).tobytes())
+    message = Tensor()
+    pack_into(message, array)
+    return message
+
+
+def pack_into(message: Tensor, array: NDArray) -> None:
+    """``pack`` into an empty message that is there: one copy fewer than to put a message into another."""
+    name = _NAMES.get(array.dtype)
+    if name is None:
+        raise TypeError(f"{array.dtype} does not travel; accepted are {', '.join(DTYPES)}")
+    message.dtype, message.data = name, array.tobytes()
+    message.shape.extend(array.shape)
 
 
 def unpack(message: Tensor, shape: Sequence[int], dtype: str, what: str) -> NDArray:
@@ -63,7 +74,7 @@ def unpack(message: Tensor, shape: Sequence[int], dtype: str, what: str) -> NDAr
         raise Violation(f"{what}: dtype {message.dtype[:20]!r} instead of {dtype}")
     if list(message.shape) != list(shape):
         raise Violation(f"{what}: shape {list(message.shape)[:8]} instead of {list(shape)}")
-    expected = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
+    expected = math.prod(shape) * kind.itemsize
     if len(message.data) != expected:
         raise Violation(f"{what}: {len(message.data)} bytes instead of {expected}")
     return np.frombuffer(message.data, kind).reshape(shape)
@@ -86,11 +97,12 @@ def unpack_latents(message: Tensor, shape: Sequence[int], bound: float, what: st
     """
     array = unpack(message, shape, "float32", what)
     rows = array.reshape(shape[0] * shape[1], -1)
-    with np.errstate(over="ignore", invalid="ignore"):
-        squares = np.einsum("ij,ij->i", rows, rows)  # a number that is not finite, or overflows, shows in its sum
-    if not np.isfinite(squares).all():
-        raise Violation(f"{what}: a number is not finite, or far too large")
-    if (largest := float(np.sqrt(squares.max(initial=0) / rows.shape[1]))) > bound:
+    squares = np.einsum("ij,ij->i", rows, rows).tolist()  # a number that is not finite, or overflows, shows in its sum
+    most = bound**2 * rows.shape[1]
+    if not all(square <= most for square in squares):  # also if one is not a number
+        if not all(map(math.isfinite, squares)):
+            raise Violation(f"{what}: a number is not finite, or far too large")
+        largest = math.sqrt(max(squares) / rows.shape[1])
         raise Violation(f"{what}: the root mean square of an image's latent is {largest:.3g}, and {bound:g} is allowed")
     return array
 
