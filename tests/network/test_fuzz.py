@@ -165,7 +165,7 @@ class Fuzzer:
 
     async def run(self, messages: int) -> None:
         while self.sent < messages:
-            with suppress(grpc.RpcError, asyncio.InvalidStateError, AssertionError, AttributeError):
+            with suppress(grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError, TimeoutError):
                 await self._talk(min(self.chance.randint(1, 6), messages - self.sent))
 
     async def _talk(self, count: int) -> None:
@@ -181,10 +181,11 @@ class Fuzzer:
             else:
                 answer = await peer.join(chance.choice(self.clients))
                 hello = peer.hello
-                if stage > 1 and answer.HasField("welcome"):
+                assert answer.HasField("welcome")
+                if stage > 1:
                     await peer.say(READY)
-                if stage > 2:
-                    step = await asyncio.wait_for(peer.draw(), 1)
+                if stage > 2 and (message := await asyncio.wait_for(peer.hear(), 1)).HasField("order"):
+                    step = message.order.draw.step
             for _ in range(count):
                 self.sent += 1
                 await peer.say(self._message(hello, step))
