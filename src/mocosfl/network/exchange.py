@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from mocosfl.config import Config
 from mocosfl.network.protocol_pb2 import (
     ClientMessage,
-    Collect,
-    Draw,
     Goodbye,
     Order,
     Ready,
@@ -44,9 +42,9 @@ from mocosfl.network.wire import (
 from mocosfl.randomness import POOL, bits
 from mocosfl.sync import averaging
 
-TRANSIT = 16 * 2**20
-"""Bytes of latents that clients are asked for at a time. It bounds the memory of messages under way; where all
-latents of a step are larger, clients are asked in turn."""
+TRANSIT, LARGE_TRANSIT, LARGE = 64 * 2**20, 16 * 2**20, 128 * 2**20
+"""Bytes of latents that clients are asked for at a time: it bounds the memory of messages under way. Where all latents
+of a step are larger, clients are asked in turn; where they are ``LARGE`` and fill the memory themselves, fewer."""
 AHEAD = 256 * 2**20
 """Bytes of the steps that frozen clients may be ahead of the server, the one under way included."""
 MOST_IMAGES = 10**9
@@ -153,6 +151,7 @@ class Exchange:
         image = 2 * self.views * 4 * int(np.prod(shape))  # bytes of its latents
         self._message = image * int(config.batches.max())  # bytes of one client's latents
         self._ahead = min(settings.ahead, max(1, AHEAD // (image * config.step_images))) if self.frozen else 1
+        self._most_transit = TRANSIT if image * config.step_images < LARGE else LARGE_TRANSIT
         self.seat_pool(np.arange(config.pool))
         weights = sum(t.numel() * 8 for t in self.initial.values()) * 2
         self.service = Service(settings, self, max(self._message, weights), events)
@@ -302,7 +301,7 @@ class Exchange:
 
     def _send_orders(self) -> None:
         """Ask those who queue, as many as the memory under way allows."""
-        while self._queue and (self._transit <= 0 or self._transit + self._message <= TRANSIT):
+        while self._queue and (self._transit <= 0 or self._transit + self._message <= self._most_transit):
             session, batch = self._queue.popleft()
             if self.service.sessions.get(session.client) is not session:
                 continue
@@ -315,8 +314,7 @@ class Exchange:
             session.asked.append(batch.step)
             weights = self._due_weights(session)
             self.activated[client] = True
-            draw = Draw(step=batch.step, first=first)
-            session.send(partial(self._order, _taken(session), None, weights, draw))
+            session.send(partial(self._order, _taken(session), None, weights, (batch.step, first)))
 
     def _due_weights(self, session: Session) -> WeightsMessage | None:
         """The average, for a client that was not handed it yet or is to start afresh."""
@@ -347,18 +345,25 @@ class Exchange:
         return message
 
     def _order(
-        self, gradient: Gradient | None, collect: int | None, weights: WeightsMessage | None, draw: Draw | None
-    ) -> Order:
-        """Put an order together. The gradient is read only now, so that those that wait need no memory of their own."""
-        order = Order(draw=draw, weights=weights, collect=None if collect is None else Collect(number=collect))
+        self,
+        gradient: Gradient | None,
+        collect: int | None,
+        weights: WeightsMessage | None,
+        draw: tuple[int, int] | None,
+        order: Order,
+    ) -> None:
+        """Fill an order. The gradient is read only now, so that those that wait need no memory of their own."""
         if gradient is not None:
-            step, lr, array = gradient
-            order.gradients.step, order.gradients.lr = step, lr
+            order.gradients.step, order.gradients.lr, array = gradient
             pack_into(order.gradients.query, array)
             self.counts["tensor_bytes_out"] += array.nbytes
+        if collect is not None:
+            order.collect.number = collect
         if weights is not None:
+            order.weights.CopyFrom(weights)
             self.counts["tensor_bytes_out"] += sum(len(t.data) for t in weights.tensors.values())
-        return order
+        if draw is not None:
+            order.draw.step, order.draw.first = draw
 
     def note_gradients(self, lr: float) -> None:
         """The gradients now lie where the latents of the step were: they go out with their clients' next orders."""

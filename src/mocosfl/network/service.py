@@ -36,9 +36,13 @@ MISSES, MISSES_SECONDS = 10, 60.0
 """After so many refused joins within so many seconds an address is not listened to until they are over."""
 JOINS, JOINS_SECONDS = 10, 20.0
 """Joins of one client in so many seconds, at most."""
-LISTENING = [("grpc.so_reuseport", 0), ("grpc.experimental.tcp_max_read_buffer_size", 8192)]
+LISTENING = [
+    ("grpc.so_reuseport", 0),
+    ("grpc.experimental.tcp_max_read_buffer_size", 8192),
+    ("grpc.tsi.max_frame_size", 4096),
+]
 """Options of the server alone. gRPC keeps a buffer for what a connection may receive next, as large as what came last:
-without a limit, all clients' latents once more."""
+without a limit, all clients' latents once more. TLS has buffers of its own."""
 LOST = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
 """What gRPC raises when a connection is gone."""
 
@@ -93,7 +97,7 @@ class Session:
     joined: float = field(default_factory=time.monotonic)
     heard: float = field(default_factory=time.monotonic)
     heartbeats: int = 0
-    outbox: asyncio.Queue[Callable[[], Order]] = field(default_factory=asyncio.Queue)
+    outbox: asyncio.Queue[Callable[[Order], None]] = field(default_factory=asyncio.Queue)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     left: asyncio.Event = field(default_factory=asyncio.Event)
     farewell: Goodbye | None = None
@@ -106,9 +110,9 @@ class Session:
             self.farewell = goodbye(code, reason)
             self.ended.set()
 
-    def send(self, order: Callable[[], Order]) -> None:
-        """Send an order; it is made when its turn comes, so that waiting ones need no memory."""
-        self.outbox.put_nowait(order)
+    def send(self, fill: Callable[[Order], None]) -> None:
+        """Send an order; it is filled when its turn comes, so that waiting ones need no memory."""
+        self.outbox.put_nowait(fill)
 
 
 class Host(Protocol):
@@ -394,9 +398,10 @@ class Service:
 
     async def _write(self, session: Session) -> None:
         while not session.left.is_set():
-            order = await session.outbox.get()
-            raw = ServerMessage(order=order()).SerializeToString()
-            del order
+            fill, message = await session.outbox.get(), ServerMessage()
+            fill(message.order)
+            raw = message.SerializeToString()
+            del fill, message
             session.sent += len(raw)
             session.writing = True
             await session.context.write(raw)
