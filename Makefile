@@ -4,7 +4,7 @@ SOURCE ?= cifar10
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench bench-gpu proto clean
+.PHONY: demo test soak lint bench bench-gpu proto clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)  ## train 100 clients with two kinds of digits each, then print the result
@@ -12,6 +12,9 @@ demo: $(STAMP)  ## train 100 clients with two kinds of digits each, then print t
 
 test: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest
+
+soak: $(STAMP)  ## the tests of the network at length: kills and resets again and again, 200,000 malformed messages
+	MOCOSFL_SOAK=1 $(BIN)/python -m pytest tests/network
 
 lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check .

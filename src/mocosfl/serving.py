@@ -23,6 +23,7 @@ from mocosfl.experiment import Parts, Result, check_frozen, choose_device, netwo
 from mocosfl.models.heads import WIDTHS
 from mocosfl.network.cohort import RemoteCohort
 from mocosfl.network.observe import event_log
+from mocosfl.network.service import registry_of
 from mocosfl.network.settings import ServeSettings
 from mocosfl.run import Run
 from mocosfl.server import Server
@@ -117,6 +118,7 @@ def _check_servable(config: Config, settings: ServeSettings, resume: bool) -> No
             f"defence.kind={config.defence.kind}: its loss needs all clients' latents beside their images, and is only "
             "simulated; accepted over the network are none, noise and dropout"
         )
+    registry_of(settings)
     if (settings.min_clients or 0) > config.clients.number:
         raise SettingError(
             f"min_clients={settings.min_clients}: there are {config.clients.number} clients (clients.number)"

@@ -184,7 +184,7 @@ class Commands:
 def lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSON log; the last may be half-written."""
     found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
         try:
             found.append(json.loads(line))
         except ValueError:
@@ -311,7 +311,9 @@ class Proxy:
 class Host:
     """A real ``RemoteCohort`` in this process, and the loop that ``Trainer`` would run around it."""
 
-    def __init__(self, changes: Mapping[str, object] | None = None, **settings: Any) -> None:
+    def __init__(
+        self, changes: Mapping[str, object] | None = None, half: nn.Module | None = None, **settings: Any
+    ) -> None:
         config = {"data.channels": 1, "clients.number": 3, "clients.batch": 2, "partition.kind": "iid"}
         self.config = Config().updated(config | dict(changes or {}))
         self.told: list[dict[str, Any]] = []
@@ -320,7 +322,7 @@ class Host:
         )
         torch.manual_seed(0)
         self.cohort = RemoteCohort(
-            nn.Linear(2, 3), self.config, self.settings, SHAPE, 1, 8, torch.device("cpu"), self._note
+            half or nn.Linear(2, 3), self.config, self.settings, SHAPE, 1, 8, torch.device("cpu"), self._note
         )
         self.exchange = self.cohort.exchange
         self.service = self.exchange.service

@@ -154,11 +154,7 @@ class Service:
 
     def __init__(self, settings: ServeSettings, host: Host, largest: int, events: Events) -> None:
         self.settings, self.host, self.largest, self.events = settings, host, largest + SLACK, events
-        self.registry = Registry(settings.clients_file) if settings.clients_file else None
-        if self.registry is not None and not len(self.registry):
-            raise SettingError(
-                f"clients_file={settings.clients_file}: no client is enrolled there; mocosfl enroll does it"
-            )
+        self.registry = registry_of(settings)
         self.sessions: dict[int, Session] = {}
         self.counts: Counter[str] = Counter()
         self.closing: Goodbye | None = None
@@ -446,6 +442,21 @@ class Service:
                 if time.monotonic() - session.heard > limit:
                     self.counts["silent"] += 1
                     session.end(Goodbye.BUSY, f"nothing was heard of the client for {limit:g} s")
+
+
+def registry_of(settings: ServeSettings) -> Registry | None:
+    """Who may join; None for everybody.
+
+    Raises:
+        RunError: the clients' file cannot be read.
+        SettingError: nobody is enrolled in it.
+    """
+    if settings.clients_file is None:
+        return None
+    registry = Registry(settings.clients_file)
+    if not len(registry):
+        raise SettingError(f"clients_file={settings.clients_file}: no client is enrolled there; mocosfl enroll does it")
+    return registry
 
 
 async def _say(context: Any, message: ServerMessage) -> None:
