@@ -76,7 +76,7 @@ def serve(
         stack.enter_context(run.locked())
         facts = run.data_facts() or {"kind": "serve"}
         run.write_json("data.json", facts)
-        events = event_log(run.path / "events.jsonl")
+        events = stack.enter_context(event_log(run.path / "events.jsonl"))
         cohort = RemoteCohort(encoder.client, config, settings, encoder.latent_shape, channels, size, device, events)
         finished = False
         stack.callback(lambda: cohort.stop(finished))

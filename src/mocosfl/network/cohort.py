@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import TimeoutError as StillWaiting
@@ -88,7 +87,6 @@ class RemoteCohort:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        gc.unfreeze()
 
     def gather(self, count: int, say: Callable[[int], None] = lambda present: None) -> tuple[int, NDArray, NDArray]:
         """Wait until so many clients have joined.
@@ -106,8 +104,6 @@ class RemoteCohort:
         """Let the clients start from the half as it is; images are normalised with these, (C,)."""
         self.exchange.mean, self.exchange.std = mean.astype(np.float32), std.astype(np.float32)
         self.exchange.begun = True
-        gc.collect()
-        gc.freeze()  # what is there stays: not to be looked through for every few hundred messages
 
     def follow(self, steps: int, round_steps: int | None, stopping: Callable[[], bool]) -> None:
         """What the cohort needs to know of the run.

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,13 +45,14 @@ COUNTERS = {
 """What is counted, since the server was started."""
 
 
-def event_log(path: Path) -> Callable[..., None]:
+@contextmanager
+def event_log(path: Path) -> Iterator[Callable[..., None]]:
     """A log of events, one JSON object a line, with time, event, client and address.
 
     Args:
         path: the file; at 10 MB it is moved aside, and two such are kept.
 
-    Returns:
+    Yields:
         Called as ``events("joined", client=3)``.
     """
     logger = logging.Logger("mocosfl.network")
@@ -62,7 +64,8 @@ def event_log(path: Path) -> Callable[..., None]:
         known = {name: value for name, value in facts.items() if value is not None}
         logger.info("%s", json.dumps({"time": stamp, "event": event} | known, ensure_ascii=False))
 
-    return events
+    with closing(handler):
+        yield events
 
 
 class Training(Protocol):
