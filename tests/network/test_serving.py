@@ -183,10 +183,10 @@ def test_figures_count_connections_that_have_ended(host: Callable[..., Host], me
 
 
 def test_events_are_one_line_each(tmp_path: Path) -> None:
-    events = event_log(tmp_path / "events.jsonl")
-    assert not (tmp_path / "events.jsonl").exists()
-    events("sent away", client=None, why="a\nb\u2028\x1b[31m é", address="10.0.0.7")
-    events("joined", client=3)
+    with event_log(tmp_path / "events.jsonl") as events:
+        assert not (tmp_path / "events.jsonl").exists()
+        events("sent away", client=None, why="a\nb\u2028\x1b[31m é", address="10.0.0.7")
+        events("joined", client=3)
     found = lines(tmp_path / "events.jsonl")
     assert [line["event"] for line in found] == ["sent away", "joined"]
     assert found[0]["why"] == "a\nb\u2028\x1b[31m é"
