@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import torch
@@ -111,7 +112,13 @@ class NaiveCohort:
         average = {}
         for name in states[0]:
             tensors = [state[name] for state in states]
-            if tensors[0].is_floating_point():
+            if tensors[0].is_floating_point() and self.config.sync.average != "fedavg":
+                kept = torch.stack([t for client, t in zip(active, tensors, strict=True) if client.contributed])
+                ordered = kept.sort(dim=0).values
+                share = self.config.sync.trim if self.config.sync.average == "trimmed_mean" else 0.5
+                out = min(math.ceil(share * len(kept)), (len(kept) - 1) // 2)
+                average[name] = ordered[out : len(kept) - out].mean(dim=0)
+            elif tensors[0].is_floating_point():
                 pairs = zip(active, tensors, strict=True)
                 average[name] = sum(tensor * (client.contributed / total) for client, tensor in pairs)
             else:

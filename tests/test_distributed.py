@@ -65,6 +65,7 @@ KEPT = {"clients.keep_optimizer": True, "sync.momentum": False}
         (2, {"model.server_norm": "batch", "model.head": "large", "contrast.queue": 20}),
         (2, {"clients.rich_share": 0.3, "clients.rich_batch_factor": 3, "contrast.both_views": True}),
         (2, {"clients.frozen": True}),
+        (2, {"sync.average": "median", "clients.pool": 5, "clients.round": 3}),
         (2, {"defence.kind": "ressfl", "ressfl.ssim_target": -1, "ressfl.blocks": 1, "ressfl.channels": 8}),
     ],
     ids=str,

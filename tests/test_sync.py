@@ -1,7 +1,13 @@
+import math
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
+from torch import Tensor
 
-from mocosfl.sync import fedavg
+from mocosfl.config import SyncSettings
+from mocosfl.sync import averaging, coordinate_median, fedavg, trimmed_mean
 
 
 def test_weighted_by_images() -> None:
@@ -30,3 +36,70 @@ def test_counters_are_not_averaged() -> None:
 def test_a_weight_for_each_client() -> None:
     with pytest.raises(ValueError, match="3 clients need as many weights"):
         fedavg(torch.randn(3, 2), torch.ones(2))
+
+
+def naive_median(numbers: list[float]) -> float:
+    ordered, middle = sorted(numbers), len(numbers) // 2
+    return ordered[middle] if len(numbers) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
+def naive_trimmed(numbers: list[float], share: float) -> float:
+    out = min(math.ceil(share * len(numbers)), (len(numbers) - 1) // 2)
+    kept = sorted(numbers)[out : len(numbers) - out]
+    return sum(kept) / len(kept)
+
+
+@pytest.mark.parametrize("clients", [1, 2, 3, 4, 5, 10, 11])
+@pytest.mark.parametrize("share", [None, 0.01, 0.1, 0.3, 0.49])
+def test_robust_averages_equal_a_loop_over_numbers(clients: int, share: float | None) -> None:
+    stack, weights = torch.randn(clients, 3, 2).double(), torch.rand(clients) + 0.1
+    combine = coordinate_median if share is None else partial(trimmed_mean, share=share)
+    naive = naive_median if share is None else partial(naive_trimmed, share=share)
+    found = combine(stack, weights)
+    for row in range(3):
+        for column in range(2):
+            expected = naive(stack[:, row, column].tolist())
+            assert float(found[row, column]) == pytest.approx(expected, rel=1e-12)
+
+
+ROBUST = [coordinate_median, partial(trimmed_mean, share=0.2)]
+
+
+@pytest.mark.parametrize("combine", ROBUST, ids=["median", "trimmed mean"])
+@pytest.mark.parametrize("bad", [1e6, -1e6, 3e38, math.inf, -math.inf])
+def test_one_bad_client_of_five_cannot_move_a_robust_average(
+    combine: Callable[[Tensor, Tensor], Tensor], bad: float
+) -> None:
+    good = torch.randn(4, 50)
+    for place in range(5):
+        stack = torch.cat([good[:place], torch.full((1, 50), bad), good[place:]])
+        found = combine(stack, torch.ones(5))
+        assert ((good.amin(0) <= found) & (found <= good.amax(0))).all()
+        moved = fedavg(stack, torch.ones(5))
+        assert not ((good.amin(0) <= moved) & (moved <= good.amax(0))).any()  # the mean is
+
+
+@pytest.mark.parametrize("combine", ROBUST, ids=["median", "trimmed mean"])
+def test_robust_averages_leave_out_who_took_no_part(combine: Callable[[Tensor, Tensor], Tensor]) -> None:
+    stack = torch.randn(6, 4)
+    weights = torch.tensor([1.0, 0.0, 5.0, 0.0, 2.0, 1.0])
+    kept = stack[[0, 2, 4, 5]]
+    torch.testing.assert_close(combine(stack, weights), combine(kept, torch.ones(4)))
+    torch.testing.assert_close(combine(stack, weights), combine(stack, weights.sign()))  # all count alike
+    order = torch.tensor([3, 0, 5, 2, 1, 4])
+    torch.testing.assert_close(combine(stack[order], weights[order]), combine(stack, weights))
+    assert combine(torch.tensor([3, 9, 7, 9, 2, 5]), weights) == 7  # counters: the largest of those
+    with pytest.raises(ValueError, match="no client takes part"):
+        combine(stack, torch.zeros(6))
+    with pytest.raises(ValueError, match="6 clients need as many weights"):
+        combine(stack, torch.ones(5))
+
+
+def test_the_setting_names_the_average() -> None:
+    stack, weights = torch.randn(10, 3), torch.rand(10) + 0.1
+    for settings, expected in (
+        (SyncSettings(), fedavg(stack, weights)),
+        (SyncSettings(average="median"), coordinate_median(stack, weights)),
+        (SyncSettings(average="trimmed_mean", trim=0.3), trimmed_mean(stack, weights, 0.3)),
+    ):
+        torch.testing.assert_close(averaging(settings)(stack, weights), expected)
