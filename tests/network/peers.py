@@ -333,8 +333,8 @@ class Host:
             raise
         self.port = self.service.port
         self.steps = 0
-        self.stopping = False
-        self.cohort.follow(2**40, None, lambda: self.stopping)
+        self.stopping, self.deadline = False, time.monotonic() + PATIENCE
+        self.follow(2**40)
         self._stopped = False
 
     def _note(self, event: str, **facts: Any) -> None:
@@ -348,18 +348,18 @@ class Host:
     def counts(self) -> Mapping[str, int]:
         return self.exchange.counts + self.service.counts
 
+    def follow(self, steps: int) -> None:
+        self.cohort.follow(steps, None, lambda: self.stopping or time.monotonic() > self.deadline)
+
     def begin(self, clients: int) -> None:
         """Wait for so many clients, and let them begin."""
-        deadline = threading.Timer(PATIENCE, lambda: setattr(self, "stopping", True))
-        deadline.start()
-        try:
-            _, mean, std = self.cohort.gather(clients)
-        finally:
-            deadline.cancel()
+        self.deadline = time.monotonic() + PATIENCE
+        _, mean, std = self.cohort.gather(clients)
         self.cohort.begin(mean, std)
 
     def step(self, sync: bool = False) -> Any:
         """One step; the gradient at an image's latent is that latent."""
+        self.deadline = time.monotonic() + PATIENCE
         latents = self.cohort.forward()
         if not self.exchange.frozen:
             self.cohort.backward(latents.query.clone(), 0.5)

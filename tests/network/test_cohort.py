@@ -56,7 +56,7 @@ def test_separate_processes_train_as_simulated_clients_do(
     assert figures["stragglers"] == figures["late"] == figures["violations"] == 0
 
 
-POOLED = {"clients.number": 6, "clients.pool": 3, "clients.round": 5, "sync.every": 2}
+POOLED = {"clients.number": 6, "clients.pool": 3, "clients.round": 3, "sync.every": 2}
 RUNS = {
     "one-way": {"contrast.symmetric": False, "sync.momentum": False},
     "pooled": POOLED,

@@ -50,7 +50,7 @@ def test_a_frozen_client_never_owes_more_than_it_may(
         async with Raw(two.port) as peer:
             await peer.enter(0)
             await asyncio.to_thread(two.begin, 2)
-            two.cohort.follow(steps, None, lambda: two.stopping)
+            two.follow(steps)
             with training(two, steps) as thread:
                 while len(answered) < steps:
                     while len(owed) < min(ahead, steps - len(answered)):

@@ -1,9 +1,11 @@
 """Clients, servers and networks fail: the run goes on, and no update is applied twice."""
 
+import asyncio
 import json
 import random
 import resource
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from peers import (
     Loop,
     Member,
     Proxy,
+    Raw,
     digits,
     eventually,
     lines,
@@ -87,6 +90,39 @@ def test_a_killed_client_that_never_returns(
         assert len(one.worker.steps("draw")) == 22
 
 
+def test_a_client_that_vanishes_in_a_step_is_not_waited_for(
+    host: Callable[..., Host], member: Callable[..., Member]
+) -> None:
+    """If it is back before the step ends, it is asked for the same images."""
+    three = host(step_timeout=3600.0)
+    hold = threading.Event()
+    slow = FakeWorker()
+    slow.drawing = lambda step: hold.wait(150) and None
+    member(three.port, client=0)
+    member(three.port, slow, client=1)
+
+    async def vanish() -> None:
+        asked = []
+        async with Raw(three.port) as peer:
+            await peer.enter(2)
+            await asyncio.to_thread(three.begin, 3)
+            step = asyncio.ensure_future(asyncio.to_thread(three.step))
+            asked.append((await peer.hear()).order)
+        async with Raw(three.port) as peer:
+            await peer.enter(2)
+            asked.append((await peer.hear()).order)
+        assert [order.draw.step for order in asked] == [1, 1]
+        assert [order.draw.first for order in asked] == [0, 0]
+        assert all(order.weights.restart for order in asked)
+        await asyncio.to_thread(eventually, lambda: three.cohort.present == 2)
+        hold.set()
+        assert (await step).clients.tolist() == [0, 1]
+
+    asyncio.run(vanish())
+    assert three.step().clients.tolist() == [0, 1]
+    assert three.counts["stragglers"] == three.counts["late"] == 0
+
+
 def test_a_stopped_client_is_waited_for_then_sent_away_then_comes_back(
     host: Callable[..., Host], member: Callable[..., Member], start: Commands
 ) -> None:
@@ -154,9 +190,10 @@ def test_half_open_connections(
     options = client.channel_options
 
     def impatient(largest: int) -> list[tuple[str, int]]:
-        quick = ("grpc.keepalive_time_ms", "grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms")
+        quick = {"grpc.keepalive_time_ms", "grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms"}
+        slow = dict(options(largest))
         pings = {"grpc.http2.min_recv_ping_interval_without_data_ms": 500}
-        return list((dict(options(largest)) | dict.fromkeys(quick, 1000) | pings).items())
+        return list((slow | dict.fromkeys(quick & slow.keys(), 1000) | pings).items())
 
     monkeypatch.setattr(client, "HELLO_SECONDS", 3)
     monkeypatch.setattr(client, "channel_options", impatient)

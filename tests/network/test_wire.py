@@ -115,3 +115,13 @@ def test_either_side_reads_what_the_other_sends() -> None:
     assert wire.from_client(ClientMessage(goodbye=goodbye).SerializeToString()).goodbye == goodbye
     hello = ServerMessage(hello=Hello(protocol=1, nonce=b"n"))
     assert wire.from_server(hello.SerializeToString()) == hello
+
+
+def test_half_open_connections_are_looked_for() -> None:
+    """gRPC sends no second ping while an answer is outstanding: all pings must be given up early."""
+    options = dict(wire.channel_options(1000))
+    assert options["grpc.max_receive_message_length"] == 1000
+    for answer in ("grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms"):
+        assert options["grpc.keepalive_time_ms"] + options[answer] <= 30_000
+    allowed = options["grpc.http2.min_recv_ping_interval_without_data_ms"]
+    assert allowed < options["grpc.keepalive_time_ms"]  # else the pings would be taken for an attack
