@@ -209,6 +209,20 @@ def test_a_client_that_is_never_ready_is_sent_away(host: Callable[..., Host], mo
     assert "was not ready in time" in asyncio.run(dawdle(beating=True)).reason  # heartbeats alone
 
 
+def test_a_client_that_is_not_ready_hears_that_the_run_is_over(host: Callable[..., Host]) -> None:
+    one = host()
+
+    async def decode() -> tuple[Any, Any]:
+        async with Raw(one.port) as peer:
+            answer = await peer.join()
+            await asyncio.to_thread(one.stop)
+            return answer, await peer.goodbye()
+
+    answer, told = asyncio.run(decode())
+    assert answer.HasField("welcome")
+    assert told.code == Goodbye.FINISHED
+
+
 def test_other_versions_of_the_protocol_are_named(
     host: Callable[..., Host], member: Callable[..., Member], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,7 +385,7 @@ def test_too_many_heartbeats(host: Callable[..., Host]) -> None:
     async def flood() -> Goodbye:
         async with Raw(one.port) as peer:
             await peer.enter()
-            for _ in range(12):
+            for _ in range(11):  # after the last of these nobody listens
                 await peer.say(ClientMessage(heartbeat=Heartbeat()))
             return await peer.goodbye()
 

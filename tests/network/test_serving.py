@@ -11,7 +11,7 @@ import pytest
 from peers import Commands, Host, Member, digits, eventually, free_port, last_figures, lines
 
 from mocosfl.cli import main
-from mocosfl.errors import SettingError
+from mocosfl.errors import RunError, SettingError
 from mocosfl.network.enrolment import Registry
 from mocosfl.network.observe import COUNTERS, Observer, event_log, serve_prometheus
 from mocosfl.network.settings import ServeSettings
@@ -19,6 +19,13 @@ from mocosfl.serving import serve
 
 LARGE = {"model.width": 16, "clients.batch": 8, "train.epochs": 0.4, "train.log_every": 5, "sync.every": 50}
 """22 steps with latents of 64 KiB."""
+
+
+def test_a_port_that_is_taken_is_named_before_a_folder_is_made(host: Callable[..., Host], tmp_path: Path) -> None:
+    listen = f"127.0.0.1:{host().port}"
+    with pytest.raises(RunError, match=f"cannot listen on {listen}: Address already in use"):
+        serve(digits(), ServeSettings(listen=listen), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_figures_of_a_run(start: Commands, data: Callable[..., Path], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import socket
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from mocosfl import __version__
 from mocosfl.errors import RunError, SettingError
 from mocosfl.network.enrolment import Registry
 from mocosfl.network.protocol_pb2 import ClientMessage, Goodbye, Hello, Join, Order, Ready, ServerMessage, Welcome
-from mocosfl.network.settings import ServeSettings
+from mocosfl.network.settings import ServeSettings, address
 from mocosfl.network.wire import METHOD, PROTOCOL, SLACK, Refused, Violation, channel_options, from_client, goodbye
 
 JOIN_SECONDS = 10.0
@@ -158,6 +159,7 @@ class Service:
         self.sessions: dict[int, Session] = {}
         self.counts: Counter[str] = Counter()
         self.closing: Goodbye | None = None
+        self._over = asyncio.Event()
         self.port = 0
         self._strangers = 0
         self._numbers: dict[Any, int] = {}  # of every connection that has said who it is
@@ -206,6 +208,7 @@ class Service:
     async def stop(self, code: Goodbye.Code, reason: str, grace: float = 5.0) -> None:
         """Send everybody away and stop listening."""
         self.closing = goodbye(code, reason)
+        self._over.set()
         if self._watch is None:  # it never listened
             return
         self._watch.cancel()
@@ -347,10 +350,17 @@ class Service:
         deadline = time.monotonic() + READY_SECONDS
         while True:
             patience = min(3 * self.settings.heartbeat, deadline - time.monotonic())
+            reading, over = map(asyncio.ensure_future, (session.context.read(), self._over.wait()))
             try:
-                raw = await asyncio.wait_for(session.context.read(), patience)
-            except TimeoutError as error:
-                raise Refused(Goodbye.BUSY, "the client was not ready in time") from error
+                await asyncio.wait((reading, over), timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+                if self.closing is not None:
+                    raise Refused(self.closing.code, self.closing.reason)
+                if not reading.done():
+                    raise Refused(Goodbye.BUSY, "the client was not ready in time")
+                raw = reading.result()
+            finally:
+                reading.cancel()
+                over.cancel()
             if raw is grpc.aio.EOF:
                 raise Refused(Goodbye.REFUSED, "the client left before it was ready")
             message = self._checked(session, raw)
@@ -442,6 +452,22 @@ class Service:
                 if time.monotonic() - session.heard > limit:
                     self.counts["silent"] += 1
                     session.end(Goodbye.BUSY, f"nothing was heard of the client for {limit:g} s")
+
+
+def check_listenable(listen: str) -> None:
+    """Find out, before any work is done, whether an address can be listened on.
+
+    Raises:
+        RunError: it cannot.
+    """
+    host, port = address(listen, "listen")
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as handle:
+            handle.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
+            handle.bind(where)
+    except OSError as error:
+        raise RunError(f"cannot listen on {listen}: {error.strerror or error}") from error
 
 
 def registry_of(settings: ServeSettings) -> Registry | None:

@@ -26,7 +26,8 @@ def connections(local_port: int | None = None, remote_port: int | None = None) -
 
     Returns:
         By the peer's address and port: bytes sent (that the peer has acknowledged) and received, TLS and HTTP/2
-        included, TCP's headers not. Empty where the system does not tell.
+        included, TCP's headers not; its opening and closing count as a byte each. Empty where the system does not
+        tell.
     """
     found = {}
     for handle in _copies(local_port, remote_port):
