@@ -394,12 +394,12 @@ class Member:
 class Raw:
     """A peer that says what it likes. Use as ``async with Raw(port) as peer``."""
 
-    def __init__(self, port: int) -> None:
-        self.port = port
+    def __init__(self, port: int, compression: grpc.Compression | None = None) -> None:
+        self.port, self.compression = port, compression
 
     async def __aenter__(self) -> Raw:
         options = [*channel_options(2**30), ("grpc.use_local_subchannel_pool", 1)]
-        self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{self.port}", options)
+        self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{self.port}", options, self.compression)
         self.stream: Any = self.channel.stream_stream(METHOD)()
         return self
 

@@ -99,6 +99,26 @@ def test_a_client_that_does_not_read_keeps_nobody_waiting(
         assert one.worker.steps("learn") == [1, 2, 3, 4, 5, 6]
 
 
+def test_who_hangs_does_not_keep_those_behind_from_being_asked(
+    host: Callable[..., Host], member: Callable[..., Member]
+) -> None:
+    three = host(step_timeout=0.5, heartbeat=30.0)
+    three.exchange._most_transit = three.exchange._message  # one at a time
+    for number in (1, 2):
+        member(three.port, client=number)
+
+    async def hang() -> None:
+        async with Raw(three.port) as peer:
+            await peer.enter(0)
+            await asyncio.to_thread(three.begin, 3)
+            for _ in range(3):
+                latents = await asyncio.to_thread(three.step)
+                assert latents.clients.tolist() == [1, 2]
+
+    asyncio.run(hang())
+    assert three.counts["stragglers"] == 1
+
+
 def test_latents_lie_where_their_clients_sit(host: Callable[..., Host], member: Callable[..., Member]) -> None:
     """Also with rich clients and some away; gradients come back to whom they belong."""
     rich = {"clients.number": 4, "clients.rich_share": 0.5, "clients.rich_batch_factor": 2}

@@ -173,7 +173,7 @@ class RemoteCohort:
             "momentum": momentum,
             "initial": exchange.initial,
             "pool": torch.from_numpy(exchange.pool),
-            "drawn": torch.from_numpy(exchange.drawn - exchange.unused_draws()),
+            "drawn": torch.from_numpy(self._call(exchange.used_draws())),
             "activated": torch.from_numpy(exchange.activated),
             "step": exchange.step,
         }
@@ -200,10 +200,9 @@ class RemoteCohort:
             try:
                 return future.result(0.2)
             except StillWaiting:
-                if future.done():
-                    raise
-                if self._stopping():
-                    future.cancel()
+                if future.done() or (self._stopping() and not future.cancel()):
+                    return future.result()  # it was done in this very moment
+                if future.cancelled():
                     raise Stopped from None
 
 

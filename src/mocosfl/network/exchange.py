@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -48,6 +48,8 @@ of a step are larger, clients are asked in turn; where they are ``LARGE`` and fi
 AHEAD = 256 * 2**20
 """Bytes of the steps that frozen clients may be ahead of the server, the one under way included."""
 MOST_IMAGES = 10**9
+LEAP = 100.0
+"""So many times the largest weight of the last average (or 1, if that is larger) may a client's weights be."""
 LONGEST_REST = 6
 """A client that is late again and again is left out of 2 steps, 4, 8, at most 2 to this many."""
 
@@ -256,6 +258,8 @@ class Exchange:
                 for session in self.service.sessions.values():
                     session.sits_out = 0
                     self._ask(session)
+            if not enough and left <= 0:  # who hangs must not keep those behind from being asked
+                self._send_orders(all_of_them=True)
             await self._change(max(left, 0.01) if enough else 1.0)
         self._close(batch)
         del self._batches[self.step]
@@ -299,9 +303,11 @@ class Exchange:
                 self._queue.append((session, batch))
         self._send_orders()
 
-    def _send_orders(self) -> None:
+    def _send_orders(self, all_of_them: bool = False) -> None:
         """Ask those who queue, as many as the memory under way allows."""
-        while self._queue and (self._transit <= 0 or self._transit + self._message <= self._most_transit):
+        while self._queue and (
+            all_of_them or self._transit <= 0 or self._transit + self._message <= self._most_transit
+        ):
             session, batch = self._queue.popleft()
             if self.service.sessions.get(session.client) is not session:
                 continue
@@ -384,13 +390,13 @@ class Exchange:
             self._generation += 1
             self._packed.clear()
 
-    def unused_draws(self) -> NDArray[np.int64]:
-        """(N,) int64, images that clients were asked for ahead of time, and will be asked for again after a resume."""
-        unused = np.zeros_like(self.drawn)
+    async def used_draws(self) -> NDArray[np.int64]:
+        """(N,) int64, ``drawn`` without those asked for ahead of time, which are asked for again after a resume."""
+        used = self.drawn.copy()
         for batch in self._batches.values():
             asked = batch.first >= 0
-            unused[self.pool[asked]] += self.sizes[asked]
-        return unused
+            used[self.pool[asked]] -= self.sizes[asked]
+        return used
 
     async def collect(self) -> Halves | None:
         """Average the halves of those who took part since the last average; None if nobody has moved or answers."""
@@ -413,7 +419,7 @@ class Exchange:
             self.counts["not_averaged"] += len(self._collect_from)
             self.events("not averaged", clients=sorted(self._collect_from))
             self._collect_from = set()
-        self._collected_at, self._collected_halves = self.step, self._averaged()
+        self._collected_at, self._collected_halves = self.step, await asyncio.to_thread(self._averaged)
         return self._collected_halves
 
     def _averaged(self) -> Halves | None:
@@ -528,6 +534,7 @@ class Exchange:
         if message.number != session.collecting:
             raise Violation(f"weights of collection {message.number} instead of {session.collecting}")
         arrays = unpack_weights(message, self._specification)
+        self._check_weights(arrays)
         self.counts["tensor_bytes_in"] += sum(array.nbytes for array in arrays.values())
         session.collecting = None
         if session.client not in self._collect_from:
@@ -537,6 +544,21 @@ class Exchange:
         self._collect_from.discard(session.client)
         if not self._collect_from:
             self._changed.set()
+
+    def _check_weights(self, arrays: Mapping[str, NDArray]) -> None:
+        """Raises ``Violation`` for weights that no training leads to from those that were handed out."""
+        for name, array in arrays.items():
+            half, _, weight = name.partition(".")
+            before = getattr(self, half)[weight]
+            if not before.is_floating_point():
+                continue
+            most = LEAP * max(1.0, float(before.abs().max()))
+            if (largest := float(np.abs(array).max(initial=0))) > most:
+                raise Violation(
+                    f"weights {name}: {largest:.3g} is far from those handed out, at most {most:g} is allowed"
+                )
+            if weight.endswith("running_var") and array.min(initial=0) < 0:
+                raise Violation(f"weights {name}: a variance is negative")
 
     def gone(self, session: Session) -> None:
         """A client has left: nothing of it is waited for."""

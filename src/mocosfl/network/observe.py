@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from logging.handlers import RotatingFileHandler
@@ -92,7 +93,9 @@ class Observer:
         """Clients that are there, and every counter. Of a connection that has ended, the bytes count that it had at
         the last call."""
         exchange = self.cohort.exchange
-        counts = exchange.counts + exchange.service.counts
+        counts = Counter(dict(exchange.counts)) + Counter(
+            dict(exchange.service.counts)
+        )  # copies: another thread counts
         with self._lock:  # Prometheus asks from a thread of its own
             now = connections(local_port=exchange.service.port)
             for peer in self._peers.keys() - now.keys():

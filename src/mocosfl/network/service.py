@@ -6,6 +6,7 @@ Everything here runs in one asyncio loop. What clients are asked for is the coho
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import secrets
 import socket
 import time
@@ -231,7 +232,8 @@ class Service:
             try:
                 session = await asyncio.wait_for(self._admit(context), JOIN_SECONDS)
             except TimeoutError as error:
-                raise Refused(Goodbye.REFUSED, f"no join within {JOIN_SECONDS:g} s") from error
+                self.counts["refused"] += 1
+                raise Refused(Goodbye.BUSY, f"no join within {JOIN_SECONDS:g} s") from error
             finally:
                 self._strangers -= 1
             await self._attend(session)
@@ -363,6 +365,8 @@ class Service:
                 over.cancel()
             if raw is grpc.aio.EOF:
                 raise Refused(Goodbye.REFUSED, "the client left before it was ready")
+            if len(raw) > SLACK:
+                raise Violation(f"{len(raw)} bytes before the client was ready")
             message = self._checked(session, raw)
             kind = message.WhichOneof("kind")
             if kind == "ready":
@@ -379,6 +383,8 @@ class Service:
         while (raw := await session.context.read()) is not grpc.aio.EOF:
             if session.ended.is_set():  # sent away, or replaced: it has no say any more
                 return
+            if len(raw) > SLACK and not session.asked and session.collecting is None:  # not worth reading
+                raise Violation(f"{len(raw)} bytes that nobody asked for")
             message = self._checked(session, raw)
             kind = message.WhichOneof("kind")
             if kind == "goodbye":
@@ -492,5 +498,10 @@ async def _say(context: Any, message: ServerMessage) -> None:
 def host_of(peer: str) -> str:
     """``10.0.0.7`` of gRPC's ``ipv4:10.0.0.7:4711``; an IPv6 address by its first 64 bits, which one site shares."""
     kind, _, rest = peer.partition(":")
-    host = rest.rpartition(":")[0].strip("[]").replace("%5B", "").replace("%5D", "")
-    return ":".join(host.split(":")[:4]) if kind == "ipv6" else host
+    host = rest.rpartition(":")[0].replace("%5B", "").replace("%5D", "").strip("[]").partition("%")[0]
+    if kind != "ipv6":
+        return host
+    try:
+        return str(ipaddress.ip_network((host, 64), strict=False))
+    except ValueError:
+        return host

@@ -177,6 +177,7 @@ def channel_options(largest: int) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", largest),
         ("grpc.max_send_message_length", -1),
+        ("grpc.per_message_decompression", 0),  # the limit counts compressed bytes: a small message could be made huge
         ("grpc.keepalive_time_ms", 15_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.http2.ping_timeout_ms", 10_000),  # of pings that measure the bandwidth: they hold back the others
