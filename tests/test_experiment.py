@@ -229,7 +229,7 @@ def test_held_out_and_test_images_stay_out_of_training(
     assert train | held == set(range(len(federation.splits.train)))
     assert seen["statistics"] == seen["clients"] == train == set(federation.partition.rows.tolist())
 
-    monkeypatch.setattr(experiment, "_monitor", lambda *parts: lambda: 12.5)  # nobody looks at the held-out images
+    monkeypatch.setattr(experiment, "held_out_knn", lambda *parts: lambda: 12.5)  # nobody looks at the held-out images
     mocosfl.train(config, tmp_path / "blind")
     weights = [(tmp_path / name / "encoder.safetensors").read_bytes() for name in ("run", "blind")]
     assert weights[0] == weights[1]
