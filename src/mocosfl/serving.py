@@ -23,7 +23,7 @@ from mocosfl.experiment import Parts, Result, check_frozen, choose_device, netwo
 from mocosfl.models.heads import WIDTHS
 from mocosfl.network.cohort import RemoteCohort
 from mocosfl.network.observe import event_log
-from mocosfl.network.service import check_listenable, registry_of
+from mocosfl.network.service import check_certificates, check_listenable, registry_of
 from mocosfl.network.settings import ServeSettings
 from mocosfl.run import Run
 from mocosfl.server import Server
@@ -68,7 +68,10 @@ def serve(
         fresh = earlier.latest_step is None
     else:
         Run.check_free(out, overwrite)
+    check_certificates(settings)
     check_listenable(settings.listen)
+    if settings.metrics_port is not None:
+        check_listenable(f"127.0.0.1:{settings.metrics_port}")
     with prepared(device), contextlib.ExitStack() as stack:
         own = _own_images(config, settings, say)
         channels, size, _ = own.train.shape

@@ -28,6 +28,21 @@ def test_a_port_that_is_taken_is_named_before_a_folder_is_made(host: Callable[..
     assert not (tmp_path / "run").exists()
 
 
+def test_certificates_and_ports_that_cannot_be_used_cost_no_run(host: Callable[..., Host], tmp_path: Path) -> None:
+    run, nonsense = tmp_path / "run", tmp_path / "nonsense.pem"
+    nonsense.write_text("no certificate")
+    run.mkdir()
+    (run / "config.yaml").write_text(digits().to_yaml())
+    for settings, reason in (
+        ({"tls_cert": tmp_path / "missing.pem", "tls_key": nonsense}, r"tls_cert=.*missing\.pem.* cannot be used"),
+        ({"tls_cert": nonsense, "tls_key": nonsense}, r"tls_cert=.*nonsense\.pem.* cannot be used"),
+        ({"metrics_port": host().port}, "cannot listen on 127"),
+    ):
+        with pytest.raises(RunError, match=reason):
+            serve(digits(), ServeSettings(listen="127.0.0.1:0", **settings), run, overwrite=True)
+        assert [path.name for path in run.iterdir()] == ["config.yaml"]
+
+
 def test_figures_of_a_run(start: Commands, data: Callable[..., Path], tmp_path: Path) -> None:
     """A server and clients as a user starts them, with tokens and Prometheus."""
     port = free_port()

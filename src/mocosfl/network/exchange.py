@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -48,15 +47,14 @@ of a step are larger, clients are asked in turn; where they are ``LARGE`` and fi
 AHEAD = 256 * 2**20
 """Bytes of the steps that frozen clients may be ahead of the server, the one under way included."""
 MOST_IMAGES = 10**9
+"""Images that a client may say it holds."""
 LEAP = 100.0
 """So many times the largest weight of the last average (or 1, if that is larger) may a client's weights be."""
 LONGEST_REST = 6
-"""A client that is late again and again is left out of 2 steps, 4, 8, at most 2 to this many."""
+"""A client that is late n times in a row is left out of the next 2^n - 2 steps; n counts to this many."""
 
 Halves = tuple[dict[str, Tensor], dict[str, Tensor]]
 """Online and momentum half, by name."""
-
-T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -194,13 +192,17 @@ class Exchange:
     def seat_pool(self, pool: NDArray[np.int64]) -> None:
         """Give every active client, (P,) int64 ascending, its place in the batch."""
         self.pool, self.used = pool, np.zeros(0, np.int64)
-        rich = self.config.clients.number - self.config.rich
-        factor = self.config.clients.rich_batch_factor
-        self.sizes = self.config.clients.batch * np.where(self.pool >= rich, factor, 1)
+        self.sizes = np.array([self._batch_of(client) for client in pool.tolist()])
         self.starts = np.cumsum(self.sizes) - self.sizes
         self.bounds = [(s, s + n) for s, n in zip(self.starts.tolist(), self.sizes.tolist(), strict=True)]
         self.seat = {int(client): place for place, client in enumerate(self.pool)}
         self._spare = []
+
+    def _batch_of(self, client: int) -> int:
+        """A client's images of a step."""
+        settings = self.config.clients
+        rich = client >= settings.number - self.config.rich
+        return settings.batch * (settings.rich_batch_factor if rich else 1)
 
     def rows(self) -> NDArray[np.int64]:
         """Rows of the batch whose latents are there."""
@@ -212,13 +214,11 @@ class Exchange:
     async def activate(self, pool: NDArray[np.int64]) -> None:
         """Start a round; clients that are away are replaced by others, drawn alike."""
         before = set(self.pool.tolist()) if self.activated.any() else set()
-        away = [client for client in pool.tolist() if client not in self.service.sessions]
-        others = np.array([c for c in self.service.sessions if c not in set(pool.tolist())], np.int64)
-        if away and len(others):
-            order = np.argsort(bits(self.config.seed, POOL, self.step, others, 1))
-            stand_in = others[order][: len(away)].tolist()
-            kept = set(pool.tolist()) - set(away[: len(stand_in)])
-            pool = np.array(sorted(kept | set(stand_in)))
+        present = np.array(sorted(self.service.sessions), np.int64)
+        away, others = np.setdiff1d(pool, present), np.setdiff1d(present, pool)
+        order = np.argsort(bits(self.config.seed, POOL, self.step, others, 1))
+        stand_in = others[order][: len(away)]
+        pool = np.union1d(np.setdiff1d(pool, away[: len(stand_in)]), stand_in)
         for batch in self._batches.values():
             self._close(batch)
         self._batches.clear()
@@ -336,8 +336,7 @@ class Exchange:
             momentum = "online" if self.activated[session.client] else "initial"
         message = self._weights(session.restart, momentum)
         session.generation, session.has_momentum, session.restart = self._generation, True, False
-        if session.gradient is not None:
-            session.gradient = None  # of weights that are replaced
+        session.gradient = None  # of weights that are replaced
         return message
 
     def _weights(self, restart: bool, momentum: str) -> WeightsMessage:
@@ -374,12 +373,12 @@ class Exchange:
     def note_gradients(self, lr: float) -> None:
         """The gradients now lie where the latents of the step were: they go out with their clients' next orders."""
         assert self.current is not None
-        array, step = self.current.query.numpy(), self.current.step
+        array, step = self.current.arrays[0], self.current.step
         for seat in self.used.tolist():
             session = self.service.sessions.get(int(self.pool[seat]))
             if session is not None and session.delivered == step:  # else it has come back, and begins anew
-                rows = slice(int(self.starts[seat]), int(self.starts[seat] + self.sizes[seat]))
-                session.gradient = (step, lr, array[:, rows])
+                first, last = self.bounds[seat]
+                session.gradient = (step, lr, array[:, first:last])
 
     async def synchronise(self) -> None:
         """Average, and hand the average out with the next orders."""
@@ -448,15 +447,13 @@ class Exchange:
             raise Refused(
                 Goodbye.REFUSED, f"there is no client {client}: the run has {config.clients.number} (clients.number)"
             )
-        rich = client >= config.clients.number - config.rich
-        batch = config.clients.batch * (config.clients.rich_batch_factor if rich else 1)
         told = {
             "seed": config.seed,
             "data": {"size": self.size, "channels": self.channels},
             "augment": config.augment.model_dump(mode="json"),
             "model": config.model.model_dump(mode="json"),
             "contrast": config.contrast.model_dump(mode="json", include={"momentum", "symmetric", "both_views"}),
-            "clients": {"batch": batch, "frozen": self.frozen},
+            "clients": {"batch": self._batch_of(client), "frozen": self.frozen},
             "sync": {"momentum": config.sync.momentum},
             "defence": config.defence.model_dump(mode="json"),
             "train": config.train.model_dump(mode="json", include={"momentum", "weight_decay", "precision"}),
@@ -500,10 +497,7 @@ class Exchange:
         if message.step != session.asked[0]:
             raise Violation(f"latents of step {message.step}, and step {session.asked[0]} comes first")
         client, batch = session.client, self._batches.get(message.step)
-        images = self.config.clients.batch
-        if client >= self.config.clients.number - self.config.rich:
-            images *= self.config.clients.rich_batch_factor
-        shape = (self.views, images, *self.shape)
+        shape = (self.views, self._batch_of(client), *self.shape)
         pieces = [
             unpack_latents(tensor, shape, self.settings.max_latent, name)
             for tensor, name in ((message.query, "query latents"), (message.key, "key latents"))
@@ -568,7 +562,6 @@ class Exchange:
                 if batch.step in session.asked:
                     self._transit -= self._message
         self._collect_from.discard(session.client)
-        self.counts["bytes_of_the_gone"] += session.sent + session.received
         self.events("left", client=session.client)
         self._send_orders()
         self._changed.set()

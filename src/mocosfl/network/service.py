@@ -9,6 +9,7 @@ import asyncio
 import ipaddress
 import secrets
 import socket
+import ssl
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
@@ -63,7 +64,6 @@ class Session:
         client: its number.
         address: where it is.
         images: that it holds.
-        capabilities: what it says it can do.
         sums, squares: of its pixels, by channel.
         asked: steps whose latents it owes, in order.
         collecting: number of the collect whose weights it owes.
@@ -82,7 +82,6 @@ class Session:
     address: str
     context: Any
     images: int = 0
-    capabilities: frozenset[str] = frozenset()
     sums: tuple[int, ...] = ()
     squares: tuple[int, ...] = ()
     asked: deque[int] = field(default_factory=deque)
@@ -298,7 +297,6 @@ class Service:
             raise Refused(Goodbye.REFUSED, "this run needs clients that learn, and the client cannot")
         self._count_join(client)
         session = Session(client, str(context.peer()), context, images=join.images)
-        session.capabilities = frozenset(list(join.capabilities)[:16])
         await _say(context, ServerMessage(welcome=welcome))
         return session
 
@@ -474,6 +472,26 @@ def check_listenable(listen: str) -> None:
             handle.bind(where)
     except OSError as error:
         raise RunError(f"cannot listen on {listen}: {error.strerror or error}") from error
+
+
+def check_certificates(settings: ServeSettings) -> None:
+    """Find out, before any work is done, whether certificates and keys can be used.
+
+    Raises:
+        RunError: they cannot; names them.
+    """
+    if settings.tls_cert is None:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
+    except OSError as error:  # SSLError too
+        raise RunError(f"tls_cert={settings.tls_cert}, tls_key={settings.tls_key}: cannot be used: {error}") from error
+    if settings.tls_client_ca is not None:
+        try:
+            context.load_verify_locations(settings.tls_client_ca)
+        except OSError as error:
+            raise RunError(f"tls_client_ca={settings.tls_client_ca}: cannot be used: {error}") from error
 
 
 def registry_of(settings: ServeSettings) -> Registry | None:
