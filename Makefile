@@ -21,9 +21,9 @@ lint: $(STAMP)  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml device/pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable './device[onnx,parquet]' --editable '.[dev]'
 	@touch $@
 
 bench: $(STAMP)  ## all benchmarks, about 40 minutes on 2 cores; results in benchmarks/results
@@ -37,7 +37,7 @@ bench-gpu: $(STAMP)  ## all benchmarks and the headline run on one NVIDIA GPU, C
 proto:  ## the network protocol's Python from its definition; needs a network once
 	@test -x .venv-proto/bin/python || $(PYTHON) -m venv .venv-proto
 	.venv-proto/bin/python -m pip install --quiet grpcio-tools==1.73.1 setuptools
-	.venv-proto/bin/python -m grpc_tools.protoc -I src --python_out=src --pyi_out=src mocosfl/network/protocol.proto
+	.venv-proto/bin/python -m grpc_tools.protoc -I device/src --python_out=device/src --pyi_out=device/src mocosfl_device/protocol.proto
 
 clean:
 	rm -rf $(VENV) .venv-proto build dist src/*.egg-info

@@ -29,11 +29,12 @@ from benchmarks import common
 from benchmarks.common import Timing, seconds
 from mocosfl.config import Config
 from mocosfl.contrast import update_momentum
-from mocosfl.data.augment import ASPECT, CROP_TRIES, AugmentParameters, Policy, augment, normalise
+from mocosfl.data.augment import augment, normalise, policy_of
 from mocosfl.data.images import ImageSet
 from mocosfl.data.sampler import ClientSampler, pool_of_round
 from mocosfl.experiment import build
 from mocosfl.models.layers import WSConv2d
+from mocosfl_device.augment import ASPECT, CROP_TRIES, AugmentParameters, Policy
 
 IMAGES = 100
 """Images of one step."""
@@ -107,7 +108,7 @@ class OneHalf:
         self.online.to(memory_format=memory_format)  # type: ignore[call-overload]
         self.momentum = copy.deepcopy(self.online).requires_grad_(False)
         self.optimizer = _sgd(self.online, config, fused=True)
-        self.sampler, self.policy = ClientSampler(federation.partition, config.seed), Policy.of(config.augment)
+        self.sampler, self.policy = ClientSampler(federation.partition, config.seed), policy_of(config.augment)
         self.gradient: Tensor | None = None
 
     def step(self) -> int:
@@ -242,7 +243,7 @@ class Naive:
         encoder = build(config, federation, device).encoder
         if plain:
             _use_plain_layers(encoder.client)
-        policy, held = Policy.of(config.augment), federation.partition
+        policy, held = policy_of(config.augment), federation.partition
         mean, std = encoder.mean.cpu(), encoder.std.cpu()
         self.online = [copy.deepcopy(encoder.client).to(device).train() for _ in range(config.clients.number)]
         self.momentum = [copy.deepcopy(half).requires_grad_(False) for half in self.online]

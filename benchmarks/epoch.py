@@ -25,11 +25,12 @@ from benchmarks.common import Loop, seconds
 from mocosfl.compute import autocast, compiled
 from mocosfl.config import Config
 from mocosfl.contrast import infonce, update_momentum
-from mocosfl.data.augment import AugmentParameters, Policy, augmented, normalise
+from mocosfl.data.augment import augmented, normalise, on_device, policy_of
 from mocosfl.data.federation import Federation
 from mocosfl.data.partition import Partition
 from mocosfl.data.sampler import ClientSampler
 from mocosfl.experiment import build
+from mocosfl_device.augment import AugmentParameters
 
 TARGET = 1.15
 
@@ -56,7 +57,7 @@ class MoCo:
         self.momentum = copy.deepcopy(self.online).requires_grad_(False)
         self.queue = copy.deepcopy(parts.server.queue)
         self.optimizer = torch.optim.SGD(self.online.parameters(), **parts.server.optimizer.defaults)
-        self.policy = Policy.of(config.augment)
+        self.policy = policy_of(config.augment)
         self._online, self._momentum = compiled(self.online, config), compiled(self.momentum, config)
         self._augmented, self._loss = compiled(augmented, config), compiled(_loss, config)
 
@@ -68,7 +69,7 @@ class MoCo:
         parameters = AugmentParameters.draw(
             self.policy, images.shape[-1], config.seed, client=0, draw=draws, view=np.arange(2)[:, None]
         )
-        views = self._augmented(images.repeat(2, 1, 1, 1), parameters.to(self.device), self.policy)
+        views = self._augmented(images.repeat(2, 1, 1, 1), on_device(parameters, self.device), self.policy)
         first, second = normalise(views, self.mean, self.std).unflatten(0, (2, -1))  # (n, C, S, S) each
         into_online, into_momentum = first, second
         if config.contrast.symmetric:

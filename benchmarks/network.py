@@ -38,8 +38,8 @@ from typing import Any
 import grpc
 import numpy as np
 
-from mocosfl.network.protocol_pb2 import ClientMessage, Join, Latents, Ready, ServerMessage
-from mocosfl.network.wire import METHOD, PROTOCOL, channel_options, pack
+from mocosfl_device.protocol_pb2 import ClientMessage, Join, Latents, Ready, ServerMessage
+from mocosfl_device.wire import METHOD, PROTOCOL, channel_options, pack
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST = "127.0.0.1"

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from mocosfl.clients import Latents
 from mocosfl.config import Config
-from mocosfl.data.augment import AugmentParameters, Policy, augment, normalise
+from mocosfl.data.augment import augment, normalise, policy_of
 from mocosfl.data.images import ImageSet
 from mocosfl.data.sampler import ClientSampler
+from mocosfl_device.augment import AugmentParameters
 
 
 class Client:
@@ -68,7 +69,7 @@ class NaiveCohort:
         self.pool = pool
 
     def forward(self) -> Latents:
-        policy, queries, keys = Policy.of(self.config.augment), [], []
+        policy, queries, keys = policy_of(self.config.augment), [], []
         for client in self.pool:
             rows, draws = self.sampler.draw(np.array([client]), self._batch(client))
             views = []

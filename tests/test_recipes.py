@@ -1,6 +1,6 @@
 import pytest
 
-from mocosfl.data.augment import Policy
+from mocosfl.data.augment import policy_of
 from mocosfl.errors import SettingError
 from mocosfl.models import build
 from mocosfl.models.heads import WIDTHS
@@ -17,7 +17,7 @@ def test_every_recipe_builds(name: str) -> None:
     model = build(config.model, config.data.channels, size, config.seed)
     assert model.features == 8 * config.model.width
     assert config.model.head in WIDTHS
-    Policy.of(config.augment)
+    policy_of(config.augment)
     assert RECIPES[name].time
     assert RECIPES[name].result
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from mocosfl.clients import LocalCohort
 from mocosfl.config import Config
-from mocosfl.data.augment import AugmentParameters, Policy, augment, augmented, normalise
+from mocosfl.data.augment import augment, augmented, normalise, policy_of
 from mocosfl.data.images import ImageSet
 from mocosfl.data.partition import partition
 from mocosfl.data.sampler import ClientSampler
@@ -23,6 +23,7 @@ from mocosfl.models import build, build_head
 from mocosfl.models.heads import WIDTHS
 from mocosfl.server import Server
 from mocosfl.trainer import Callback, Trainer
+from mocosfl_device.augment import AugmentParameters, Policy
 
 sys.path.insert(0, str(Path(__file__).parent))
 from naive import NaiveCohort
@@ -105,7 +106,7 @@ def test_synchronising_every_step_is_centralised_moco(scale: str, changes: dict)
         weight_decay=config.train.weight_decay,
     )
     queue = server.queue.keys[0].clone()
-    everyone, policy, losses = np.arange(clients), Policy.of(config.augment), []
+    everyone, policy, losses = np.arange(clients), policy_of(config.augment), []
     for step in range(trainer.steps):
         rows, draws = sampler.draw(everyone, 1)
         views = []

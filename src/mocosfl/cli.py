@@ -19,8 +19,9 @@ from rich.table import Table
 
 from mocosfl.config import AttackSettings, Config
 from mocosfl.errors import MocosflError, ReportedElsewhere, SettingError, nearest
-from mocosfl.network.settings import JoinSettings, ServeSettings
+from mocosfl.network.settings import ServeSettings
 from mocosfl.recipes import RECIPES, recipe
+from mocosfl_device.settings import JoinSettings
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -327,8 +328,8 @@ def _join(args: Sequence[str]) -> int:
     import torch
 
     from mocosfl.experiment import choose_device
-    from mocosfl.network.client import Client
     from mocosfl.network.worker import TorchWorker
+    from mocosfl_device.client import Client
 
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     torch.set_num_threads(given.threads)

@@ -21,14 +21,15 @@ from torch.profiler import record_function
 from mocosfl.compute import autocast, compiled, fusible
 from mocosfl.config import Config
 from mocosfl.contrast import update_momentum
-from mocosfl.data.augment import AugmentParameters, Policy, augmented, normalise
+from mocosfl.data.augment import augmented, normalise, on_device, policy_of
 from mocosfl.data.images import ImageSet, upload
 from mocosfl.data.sampler import ClientSampler
 from mocosfl.distributed import World
 from mocosfl.models.side_by_side import SideBySide, Stack
 from mocosfl.privacy.defences import Defence
-from mocosfl.randomness import PROTECT, bits
 from mocosfl.sync import averaging, fedavg
+from mocosfl_device.augment import AugmentParameters
+from mocosfl_device.randomness import PROTECT, bits
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Views:
         self, config: Config, images: ImageSet, sampler: ClientSampler, device: torch.device, world: World
     ) -> None:
         self.config, self.images, self.sampler, self.device, self.world = config, images, sampler, device, world
-        self.policy = Policy.of(config.augment)
+        self.policy = policy_of(config.augment)
         self.augmented = compiled(augmented, config)
         self.sizes = config.batches
         self.seats = world.share(config.pool)
@@ -137,7 +138,7 @@ class Views:
                 view=np.arange(2)[:, None],
             )
             twice = images.expand(2, *images.shape).flatten(0, 1)
-            views = self.augmented(twice, parameters.to(self.device), self.policy)
+            views = self.augmented(twice, on_device(parameters, self.device), self.policy)
         return views.unflatten(0, (2, -1))
 
 

@@ -5,21 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from mocosfl_device.errors import DataError, MocosflError, RunError, SettingError
 
-class MocosflError(Exception):
-    """Base of all errors below."""
-
-
-class SettingError(MocosflError, ValueError):
-    """A setting has a value that is not accepted; the message names setting, value and what is accepted."""
-
-
-class DataError(MocosflError):
-    """A source is missing, empty or damaged; the message names it."""
-
-
-class RunError(MocosflError):
-    """A run folder cannot be used, or a run had to stop; the message says what is safe and what to do."""
+__all__ = ["DataError", "MocosflError", "ReportedElsewhere", "RunError", "SettingError", "nearest"]
 
 
 class ReportedElsewhere(RunError):

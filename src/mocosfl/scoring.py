@@ -17,7 +17,7 @@ from mocosfl.data.sources import Splits, balanced
 from mocosfl.distributed import World
 from mocosfl.encoder import Encoder
 from mocosfl.evaluation import extract, knn_accuracy, linear_probe
-from mocosfl.randomness import stream
+from mocosfl_device.randomness import stream
 
 
 def final_figures(

@@ -19,7 +19,7 @@ from mocosfl.contrast import KeyQueue, infonce, update_momentum
 from mocosfl.data.images import upload
 from mocosfl.distributed import World
 from mocosfl.models.layers import share_statistics
-from mocosfl.randomness import stream
+from mocosfl_device.randomness import stream
 
 
 class Server:

@@ -8,10 +8,11 @@ from PIL import Image, ImageEnhance
 from scipy.ndimage import gaussian_filter
 
 from mocosfl.config import AugmentSettings
-from mocosfl.data.augment import AugmentParameters, Policy, augment, normalise
+from mocosfl.data.augment import augment, normalise, on_device, policy_of
+from mocosfl_device.augment import AugmentParameters, Policy
 
-V1, V2 = (Policy.of(AugmentSettings(policy=policy)) for policy in ("v1", "v2"))
-GEOMETRY = Policy.of(AugmentSettings(jitter_p=0, grey_p=0, blur_p=0))
+V1, V2 = (policy_of(AugmentSettings(policy=policy)) for policy in ("v1", "v2"))
+GEOMETRY = policy_of(AugmentSettings(jitter_p=0, grey_p=0, blur_p=0))
 DRAWS = 20_000
 NAMES = [field.name for field in fields(AugmentParameters)]
 
@@ -438,16 +439,16 @@ def test_blur_keeps_a_plain_image(size: int) -> None:
 def test_the_policies_have_their_published_values() -> None:
     shared = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "grey_p": 0.2, "flip_p": 0.5}
     shared["blur_sigma"] = (0.1, 2.0)
-    assert Policy(**shared, crop_scale=(0.2, 1.0), hue=0.4, jitter_p=1.0, blur_p=0.0, grey_first=True) == Policy.of(
+    assert Policy(**shared, crop_scale=(0.2, 1.0), hue=0.4, jitter_p=1.0, blur_p=0.0, grey_first=True) == policy_of(
         AugmentSettings(policy="v1")
     )
-    assert Policy(**shared, crop_scale=(0.08, 1.0), hue=0.1, jitter_p=0.8, blur_p=0.5, grey_first=False) == Policy.of(
+    assert Policy(**shared, crop_scale=(0.08, 1.0), hue=0.1, jitter_p=0.8, blur_p=0.5, grey_first=False) == policy_of(
         AugmentSettings(policy="v2")
     )
 
 
 def test_version_2_is_the_default() -> None:
-    assert Policy.of(AugmentSettings()) == V2
+    assert policy_of(AugmentSettings()) == V2
 
 
 @pytest.mark.parametrize("policy", ["v1", "v2"])
@@ -468,8 +469,8 @@ def test_version_2_is_the_default() -> None:
     ],
 )
 def test_a_setting_replaces_the_policys_value_and_no_other(policy: str, name: str, value) -> None:
-    published = Policy.of(AugmentSettings(policy=policy))
-    assert Policy.of(AugmentSettings(policy=policy, **{name: value})) == replace(published, **{name: value})
+    published = policy_of(AugmentSettings(policy=policy))
+    assert policy_of(AugmentSettings(policy=policy, **{name: value})) == replace(published, **{name: value})
 
 
 # Parameters
@@ -522,7 +523,7 @@ def test_parameters_have_the_types_and_shapes_they_promise() -> None:
         value = getattr(p, name)
         assert value.dtype == (np.int64 if name in ("order", "hue_place") else np.float32), name
         assert value.shape == {"box": (9, 4), "factors": (9, 3), "order": (9, 3)}.get(name, (9,)), name
-    for name, tensor in p.to(torch.device("cpu")).items():
+    for name, tensor in on_device(p, torch.device("cpu")).items():
         np.testing.assert_array_equal(tensor.numpy(), getattr(p, name))
 
 
@@ -555,7 +556,7 @@ def test_every_step_happens_as_often_as_the_policy_says(policy: Policy) -> None:
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
 def test_probabilities_are_settings(probability: float) -> None:
     names = ("jitter_p", "grey_p", "blur_p", "flip_p")
-    p = draw(Policy.of(AugmentSettings(**dict.fromkeys(names, probability))), 32, DRAWS)
+    p = draw(policy_of(AugmentSettings(**dict.fromkeys(names, probability))), 32, DRAWS)
     for happened in (p.hue != 0, p.grey > 0, p.sigma > 0, p.flip > 0):
         assert_share(happened, probability)
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from mocosfl.data.decode import EXTENSIONS, decode, first_size
+from mocosfl.data.decode import decode, first_size
 from mocosfl.errors import DataError
+from mocosfl_device.pixels import EXTENSIONS
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (16, 16, 3), dtype=np.uint8)

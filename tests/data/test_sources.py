@@ -31,8 +31,8 @@ def cache_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def decoded(monkeypatch):
     """Grows by one for every image decoded."""
-    calls, convert = [], decode._convert
-    monkeypatch.setattr(decode, "_convert", lambda *args: calls.append(1) or convert(*args))
+    calls, convert = [], decode.converted
+    monkeypatch.setattr(decode, "converted", lambda *args: calls.append(1) or convert(*args))
     return calls
 
 

@@ -9,7 +9,7 @@ from mocosfl.errors import SettingError
 from mocosfl.models import Bottleneck, build
 from mocosfl.models.layers import GroupNorm, WSConv2d, seeded
 from mocosfl.models.resnet import resnet
-from mocosfl.randomness import stream
+from mocosfl_device.randomness import stream
 
 CUTS = {
     "resnet18": (1, 3, 5, 7, 9, 11, 13, 15, 17),

@@ -6,9 +6,9 @@ import sys
 
 import torch
 
-from mocosfl.network.client import Client
-from mocosfl.network.settings import JoinSettings
 from mocosfl.network.worker import TorchWorker
+from mocosfl_device.client import Client
+from mocosfl_device.settings import JoinSettings
 
 
 async def main(port: int, folder: str, first: int, last: int) -> None:

@@ -26,11 +26,12 @@ from torch import nn
 from workers import SHAPE, FakeWorker
 
 from mocosfl.config import Config
-from mocosfl.network.client import Client
 from mocosfl.network.cohort import RemoteCohort
-from mocosfl.network.protocol_pb2 import ClientMessage, Join, Latents, Ready, ServerMessage
-from mocosfl.network.settings import JoinSettings, ServeSettings
-from mocosfl.network.wire import METHOD, PROTOCOL, channel_options, pack
+from mocosfl.network.settings import ServeSettings
+from mocosfl_device.client import Client
+from mocosfl_device.protocol_pb2 import ClientMessage, Join, Latents, Ready, ServerMessage
+from mocosfl_device.settings import JoinSettings
+from mocosfl_device.wire import METHOD, PROTOCOL, channel_options, pack
 
 PATIENCE = 150
 """Seconds after which something hangs. Nothing is expected to take nearly as long."""

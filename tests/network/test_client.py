@@ -12,8 +12,8 @@ from peers import FakeWorker, Loop, Member, eventually
 from workers import SHAPE
 
 from mocosfl.errors import RunError
-from mocosfl.network import client
-from mocosfl.network.protocol_pb2 import (
+from mocosfl_device import client
+from mocosfl_device.protocol_pb2 import (
     ClientMessage,
     Draw,
     Goodbye,
@@ -23,7 +23,7 @@ from mocosfl.network.protocol_pb2 import (
     ServerMessage,
     Welcome,
 )
-from mocosfl.network.wire import METHOD, PROTOCOL, goodbye, pack
+from mocosfl_device.wire import METHOD, PROTOCOL, goodbye, pack
 
 SETTINGS = '{"sync": {"momentum": true}, "data": {"size": 8, "channels": 1}}'
 

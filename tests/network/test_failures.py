@@ -30,7 +30,8 @@ from peers import (
 from workers import learned_twice
 
 from mocosfl.models import build
-from mocosfl.network import client, service
+from mocosfl.network import service
+from mocosfl_device import client
 
 ROUNDS = 20 if SOAK else 1
 """How often what happens at random moments is repeated."""

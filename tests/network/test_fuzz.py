@@ -18,9 +18,9 @@ from peers import READY, SOAK, FakeWorker, Host, Member, Raw, eventually, join_o
 from workers import SPECIFICATION, learned_twice
 
 from mocosfl.network import service
-from mocosfl.network.protocol_pb2 import ClientMessage, Goodbye, Heartbeat, Hello, ServerMessage
 from mocosfl.network.service import Session
-from mocosfl.network.wire import Refused, Violation, from_client, from_server, pack_weights
+from mocosfl_device.protocol_pb2 import ClientMessage, Goodbye, Heartbeat, Hello, ServerMessage
+from mocosfl_device.wire import Refused, Violation, from_client, from_server, pack_weights
 
 MESSAGES = int(os.environ.get("MOCOSFL_FUZZ", 100_000 if SOAK else 2_000))
 """Messages for the parser; the live server gets fewer."""

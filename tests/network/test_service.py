@@ -16,9 +16,9 @@ from workers import SHAPE
 from mocosfl.errors import RunError, SettingError
 from mocosfl.network import service
 from mocosfl.network.enrolment import Registry
-from mocosfl.network.protocol_pb2 import ClientMessage, Goodbye, Heartbeat, Hello, Latents, Ready, Tensor
 from mocosfl.network.service import host_of
-from mocosfl.network.wire import PROTOCOL, pack, pack_weights
+from mocosfl_device.protocol_pb2 import ClientMessage, Goodbye, Heartbeat, Hello, Latents, Ready, Tensor
+from mocosfl_device.wire import PROTOCOL, pack, pack_weights
 
 
 @pytest.fixture

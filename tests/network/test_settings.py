@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from mocosfl.errors import SettingError
-from mocosfl.network.settings import JoinSettings, ServeSettings
+from mocosfl.network.settings import ServeSettings
+from mocosfl_device.settings import JoinSettings
 
 TLS = {"tls_cert": "c.pem", "tls_key": "k.pem"}
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mocosfl.network.client import Client
-from mocosfl.network.settings import JoinSettings
+from mocosfl_device.client import Client
+from mocosfl_device.settings import JoinSettings
 
 SHAPE = (3,)
 """Of a latent."""

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from mocosfl.config import AugmentSettings, ModelSettings
-from mocosfl.data.augment import Policy
+from mocosfl.data.augment import policy_of
 from mocosfl.models import build
 from mocosfl.privacy.attacks import Training, Victim, decode, fuse_views, optimise, train_decoder
 from mocosfl.privacy.decoder import Decoder
@@ -14,7 +14,7 @@ from mocosfl.privacy.scores import identified, ssim
 
 SIZE, COUNT = 16, 8
 MEAN, STD = torch.full((3,), 0.5), torch.full((3,), 0.25)
-POLICY = Policy.of(AugmentSettings(crop_scale=(0.2, 1.0), blur_p=0))
+POLICY = policy_of(AugmentSettings(crop_scale=(0.2, 1.0), blur_p=0))
 SMALL = Training(blocks=1, channels=32, steps=400, batch=16, lr=3e-3)
 STRONG = Training(blocks=2, channels=16, steps=250, batch=32, lr=5e-3, loss="both", views=True)
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from mocosfl.config import Config
-from mocosfl.data.augment import Policy
+from mocosfl.data.augment import policy_of
 from mocosfl.data.federation import federate
 from mocosfl.experiment import pretrain
 from mocosfl.privacy.attacks import Training, Victim, decode, train_decoder
@@ -50,7 +50,7 @@ def seen(config: Config, run: Path) -> tuple[float, float]:
     spare = federation.partition.client(config.pretrain.spare_client)
     others = np.setdiff1d(federation.train_rows, spare)[:500]
     images, known = (federation.splits.train.take(rows, "cpu").float() / 255 for rows in (spare, others))
-    victim = Victim(encoder.client, encoder.mean, encoder.std, Policy.of(config.augment), bf16=True)
+    victim = Victim(encoder.client, encoder.mean, encoder.std, policy_of(config.augment), bf16=True)
     decoder = train_decoder(victim, known, Training(2, 32, 200, lr=3e-3, loss="both"), seed=0)
     with torch.no_grad():
         made = decode(decoder, victim.send(images))

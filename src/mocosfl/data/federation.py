@@ -16,7 +16,7 @@ from mocosfl.data.partition import Partition, partition
 from mocosfl.data.sampler import ClientSampler
 from mocosfl.data.sources import Splits, balanced, load
 from mocosfl.errors import SettingError
-from mocosfl.randomness import stream
+from mocosfl_device.randomness import stream
 
 
 @dataclass(frozen=True)

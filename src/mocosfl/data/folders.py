@@ -11,9 +11,10 @@ from functools import partial
 from pathlib import Path
 
 from mocosfl.config import DataSettings
-from mocosfl.data.decode import EXTENSIONS, Item, Split, Undecoded
+from mocosfl.data.decode import Item, Split, Undecoded
 from mocosfl.data.tables import read_parquet
 from mocosfl.errors import DataError
+from mocosfl_device.pixels import EXTENSIONS
 
 TEST_SPLITS = ("test", "validation", "valid", "val")
 """Names that a test split goes by, the preferred one first."""

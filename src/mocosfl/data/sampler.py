@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mocosfl.data.partition import Partition
-from mocosfl.randomness import ORDER, POOL, bits, permuted
+from mocosfl_device.randomness import ORDER, POOL, bits, permuted
 
 
 def pool_of_round(

@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mocosfl.config import DataSettings
-from mocosfl.data.decode import CHUNK, Encoded, Item, Split, Undecoded
+from mocosfl.data.decode import CHUNK, Item, Split, Undecoded
 from mocosfl.errors import DataError, SettingError
+from mocosfl_device.pixels import Encoded
 
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 """Names that the column of the labels goes by, the preferred one first."""

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import nn
 
 from mocosfl.models.layers import seeded
-from mocosfl.randomness import stream
+from mocosfl_device.randomness import stream
 
 WIDTHS = {"v1": 128, "small": 512, "v2": 1024, "large": 2048}
 

@@ -15,7 +15,7 @@ from mocosfl.config import ModelSettings
 from mocosfl.errors import SettingError
 from mocosfl.models.layers import seeded
 from mocosfl.models.resnet import Piece, resnet, stem_for
-from mocosfl.randomness import stream
+from mocosfl_device.randomness import stream
 
 
 @dataclass(frozen=True)

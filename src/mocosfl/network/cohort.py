@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from mocosfl.clients import Latents, Stopped
 from mocosfl.config import Config
 from mocosfl.network.exchange import Exchange
-from mocosfl.network.protocol_pb2 import Goodbye
 from mocosfl.network.service import Events
 from mocosfl.network.settings import ServeSettings
+from mocosfl_device.protocol_pb2 import Goodbye
 
 T = TypeVar("T")
 

@@ -18,18 +18,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mocosfl.config import Config
-from mocosfl.network.protocol_pb2 import (
+from mocosfl.network.service import Events, Gradient, Service, Session
+from mocosfl.network.settings import ServeSettings
+from mocosfl.sync import averaging
+from mocosfl_device.protocol_pb2 import (
     ClientMessage,
     Goodbye,
     Order,
     Ready,
     Welcome,
 )
-from mocosfl.network.protocol_pb2 import Latents as LatentsMessage
-from mocosfl.network.protocol_pb2 import Weights as WeightsMessage
-from mocosfl.network.service import Events, Gradient, Service, Session
-from mocosfl.network.settings import ServeSettings
-from mocosfl.network.wire import (
+from mocosfl_device.protocol_pb2 import Latents as LatentsMessage
+from mocosfl_device.protocol_pb2 import Weights as WeightsMessage
+from mocosfl_device.randomness import POOL, bits
+from mocosfl_device.wire import (
     Refused,
     Specification,
     Violation,
@@ -38,8 +40,6 @@ from mocosfl.network.wire import (
     unpack_latents,
     unpack_weights,
 )
-from mocosfl.randomness import POOL, bits
-from mocosfl.sync import averaging
 
 TRANSIT, LARGE_TRANSIT, LARGE = 64 * 2**20, 16 * 2**20, 128 * 2**20
 """Bytes of latents that clients are asked for at a time: it bounds the memory of messages under way. Where all latents

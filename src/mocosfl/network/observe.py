@@ -21,7 +21,7 @@ from rich.table import Table
 
 from mocosfl.errors import RunError
 from mocosfl.network.cohort import RemoteCohort
-from mocosfl.network.sockets import Peer, connections
+from mocosfl_device.sockets import Peer, connections
 
 TABLE_ROWS = 20
 """Clients that the table shows one by one."""

@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 from mocosfl import __version__
 from mocosfl.errors import RunError, SettingError
 from mocosfl.network.enrolment import Registry
-from mocosfl.network.protocol_pb2 import ClientMessage, Goodbye, Hello, Join, Order, Ready, ServerMessage, Welcome
-from mocosfl.network.settings import ServeSettings, address
-from mocosfl.network.wire import METHOD, PROTOCOL, SLACK, Refused, Violation, channel_options, from_client, goodbye
+from mocosfl.network.settings import ServeSettings
+from mocosfl_device.protocol_pb2 import ClientMessage, Goodbye, Hello, Join, Order, Ready, ServerMessage, Welcome
+from mocosfl_device.settings import address
+from mocosfl_device.wire import METHOD, PROTOCOL, SLACK, Refused, Violation, channel_options, from_client, goodbye
 
 JOIN_SECONDS = 10.0
 """A peer that has not said who it is by then is sent away."""

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
-import os
-import re
 from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
 from mocosfl.config import Count, Settings
-from mocosfl.errors import SettingError
+from mocosfl_device.settings import address, is_own
 
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -70,77 +67,3 @@ class ServeSettings(Settings):
                 "(docs/federate.md); accepted without are 127.0.0.1, localhost, [::1], or insecure=True"
             )
         return self
-
-
-class JoinSettings(Settings):
-    """Where a client finds its server, and how it shows who it is."""
-
-    server: str
-    """HOST:PORT."""
-    token: str | None = None
-    """Of `mocosfl enroll`. Unset: token_file's, or MOCOSFL_TOKEN in the environment, which other users of the machine
-    cannot see in the list of processes."""
-    token_file: Path | None = None
-    """File that holds the token."""
-    client: Annotated[int, Field(ge=0)] | None = None
-    """Number to join as, where the server asks for no token. Unset: any free one."""
-    tls_ca: Path | None = None
-    """Certificate that signs the server's, PEM. Unset: those that the system trusts; for a server on this machine, no
-    TLS."""
-    tls_cert: Path | None = None
-    """The client's own certificate, PEM, where the server asks for one."""
-    tls_key: Path | None = None
-    """Its private key, PEM."""
-    plain: bool = False
-    """Join without TLS: whoever is on the way can read the token and the latents."""
-    give_up: Seconds | None = None
-    """Seconds without a run after which the client ends. Unset: it tries for ever."""
-
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        address(self.server, "server")
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError(
-                f"tls_cert={self.tls_cert} and tls_key={self.tls_key}: a certificate needs its key, and a key its "
-                "certificate"
-            )
-        if self.plain and self.tls_ca is not None:
-            raise ValueError(f"plain=True and tls_ca={self.tls_ca}: a connection has TLS or it has not")
-        return self
-
-    def secret(self) -> str:
-        """The token, wherever it is; empty for none.
-
-        Raises:
-            SettingError: the file cannot be read.
-        """
-        if self.token is not None:
-            return self.token.strip()
-        if self.token_file is not None:
-            try:
-                return self.token_file.read_text(encoding="utf-8").strip()
-            except (OSError, UnicodeDecodeError) as error:
-                raise SettingError(f"token_file={self.token_file}: cannot be read: {error}") from error
-        return os.environ.get("MOCOSFL_TOKEN", "").strip()
-
-
-def address(text: str, what: str) -> tuple[str, int]:
-    """Host and port of ``HOST:PORT``, an IPv6 host in brackets.
-
-    Raises:
-        ValueError: it is none; names ``what``.
-    """
-    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]/\s]+):(\d{1,5})", text)
-    if not match or int(match[2]) > 65535:
-        raise ValueError(f"{what}={text}: expected HOST:PORT, such as 127.0.0.1:7070 or [::1]:7070")
-    return match[1].strip("[]"), int(match[2])
-
-
-def is_own(host: str) -> bool:
-    """Whether an address can only be reached from this machine."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -20,9 +20,9 @@ from mocosfl.data.sources import count_images, load_unlabelled
 from mocosfl.distributed import World
 from mocosfl.errors import RunError
 from mocosfl.models import build
-from mocosfl.network.protocol_pb2 import Welcome
-from mocosfl.network.wire import Violation
 from mocosfl.privacy.defences import defence_of
+from mocosfl_device.protocol_pb2 import Welcome
+from mocosfl_device.wire import Violation
 
 
 class TorchWorker:

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mocosfl.data.augment import AugmentParameters, Policy, augment, normalise
+from mocosfl.data.augment import augment, normalise
 from mocosfl.privacy.decoder import Decoder
 from mocosfl.privacy.defences import Defence
 from mocosfl.privacy.scores import mse, ssim
-from mocosfl.randomness import PROTECT, bits, stream
+from mocosfl_device.augment import AugmentParameters, Policy
+from mocosfl_device.randomness import PROTECT, bits, stream
 
 PIXELS = 2**22
 """Numbers of the images in one pass without gradients."""

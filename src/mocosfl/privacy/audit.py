@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mocosfl.config import AttackSettings, Config, DataSettings
-from mocosfl.data.augment import Policy
+from mocosfl.data.augment import policy_of
 from mocosfl.data.federation import Federation, federate
 from mocosfl.data.images import ImageSet
 from mocosfl.data.sources import load
@@ -26,8 +26,8 @@ from mocosfl.privacy.decoder import Decoder
 from mocosfl.privacy.defences import defence_of
 from mocosfl.privacy.mixture import fingerprints
 from mocosfl.privacy.scores import identified, lpips, mse, psnr, ssim
-from mocosfl.randomness import stream
 from mocosfl.run import Run
+from mocosfl_device.randomness import stream
 
 STRONG_BATCH = 64
 """Images of a step of the stronger decoders."""
@@ -101,7 +101,7 @@ def audit(path: str | Path, settings: AttackSettings, device: torch.device, say:
     defence = defence_of(config, encoder.latent_shape, sets.train.shape, device)
     bf16 = config.train.precision == "bf16"
     victim = Victim(
-        encoder.client, encoder.mean, encoder.std, Policy.of(config.augment), defence, config.seed, bf16=bf16
+        encoder.client, encoder.mean, encoder.std, policy_of(config.augment), defence, config.seed, bf16=bf16
     )
     originals, small, large = (_floats(sets.train, rows, device) for rows in (sets.attacked, sets.small, sets.large))
     paper = Training(steps=settings.epochs * max(1, len(small) // Training.batch))

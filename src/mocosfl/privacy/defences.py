@@ -13,7 +13,7 @@ from mocosfl.distributed import World
 from mocosfl.models.layers import share_statistics
 from mocosfl.privacy.decoder import Decoder
 from mocosfl.privacy.scores import ssim
-from mocosfl.randomness import stream
+from mocosfl_device.randomness import stream
 
 
 class Defence:

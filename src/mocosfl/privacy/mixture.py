@@ -17,7 +17,7 @@ from mocosfl.data.partition import Partition
 from mocosfl.data.sampler import ClientSampler
 from mocosfl.data.sources import Splits, balanced, load
 from mocosfl.errors import MocosflError, SettingError
-from mocosfl.randomness import stream
+from mocosfl_device.randomness import stream
 
 CHUNK = 1000
 """Images read at a time for their fingerprints."""

@@ -10,7 +10,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from mocosfl.network.protocol_pb2 import ClientMessage, Goodbye, ServerMessage, Tensor, Weights
+from mocosfl_device.protocol_pb2 import ClientMessage, Goodbye, ServerMessage, Tensor, Weights
 
 PROTOCOL = 1
 """Version of the protocol. Peers of another version are refused."""

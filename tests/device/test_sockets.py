@@ -6,7 +6,7 @@ import sys
 import pytest
 from peers import eventually
 
-from mocosfl.network.sockets import bytes_of, connections, hold
+from mocosfl_device.sockets import bytes_of, connections, hold
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the system does not tell")
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mocosfl.randomness import AUGMENT, ORDER, POOL, ROUNDS, bits, mix, permuted, uniform
+from mocosfl_device.randomness import AUGMENT, ORDER, POOL, ROUNDS, bits, mix, permuted, uniform
 
 WORD = 2**64
 GOLDEN = 0x9E3779B97F4A7C15

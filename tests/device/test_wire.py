@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from mocosfl.network import wire
-from mocosfl.network.protocol_pb2 import ClientMessage, Goodbye, Hello, ServerMessage, Tensor
-from mocosfl.network.wire import Violation, pack, pack_weights, unpack, unpack_latents, unpack_weights
+from mocosfl_device import wire
+from mocosfl_device.protocol_pb2 import ClientMessage, Goodbye, Hello, ServerMessage, Tensor
+from mocosfl_device.wire import Violation, pack, pack_weights, unpack, unpack_latents, unpack_weights
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3, 2), (2, 1, 4), (0, 3)])

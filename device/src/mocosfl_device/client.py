@@ -20,9 +20,9 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from mocosfl import __version__
-from mocosfl.errors import MocosflError, RunError, SettingError
-from mocosfl.network.protocol_pb2 import (
+from mocosfl_device import __version__
+from mocosfl_device.errors import MocosflError, RunError, SettingError
+from mocosfl_device.protocol_pb2 import (
     ClientMessage,
     Goodbye,
     Heartbeat,
@@ -33,9 +33,9 @@ from mocosfl.network.protocol_pb2 import (
     ServerMessage,
     Welcome,
 )
-from mocosfl.network.settings import JoinSettings, address, is_own
-from mocosfl.network.sockets import bytes_of, hold
-from mocosfl.network.wire import (
+from mocosfl_device.settings import JoinSettings, address, is_own
+from mocosfl_device.sockets import bytes_of, hold
+from mocosfl_device.wire import (
     METHOD,
     PROTOCOL,
     Refused,
