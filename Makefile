@@ -23,7 +23,7 @@ lint: $(STAMP)  ## style and types
 
 $(STAMP): pyproject.toml device/pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable './device[onnx,parquet]' --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./device --editable '.[dev]'
 	@touch $@
 
 bench: $(STAMP)  ## all benchmarks, about 40 minutes on 2 cores; results in benchmarks/results
