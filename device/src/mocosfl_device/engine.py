@@ -1,0 +1,224 @@
+"""A client half in numpy: forward and backward.
+
+The server describes the half as a list of layers (``mocosfl.models.description``), so nothing here knows of an
+architecture. Arrays are float32 images, (n, C, H, W).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+Weights = dict[str, Array]
+"""Parameters by name, as PyTorch names and lays them out."""
+
+
+class Layer(Protocol):
+    """A piece of a network. ``backward`` belongs to the ``forward`` before it, and may be called once."""
+
+    def forward(self, x: Array, weights: Mapping[str, Array], learns: bool) -> Array:
+        """Compute; keep what ``backward`` needs if ``learns``."""
+
+    def backward(self, gradient: Array, weights: Mapping[str, Array], into: Mapping[str, Array], wanted: bool) -> Array:
+        """Add the weights' gradients to ``into``; return that of the input if it is ``wanted``, else anything."""
+
+
+class Convolution:
+    """A convolution with zeros around the image, its filters standardised on request.
+
+    It is the sum over the kernel's places of a matrix product each: unfolding the image would take as many times its
+    memory as the kernel has places.
+
+    Args:
+        name: of the weight, and with ``bias`` of the bias, in the weights.
+        kernel, stride, padding: pixels.
+        bias: whether there is one.
+        standardised: whether filters are brought to mean 0 and variance 1 (Qiao et al., 2019).
+    """
+
+    def __init__(self, name: str, kernel: int, stride: int, padding: int, bias: bool, standardised: bool) -> None:
+        self.name, self.kernel, self.stride, self.padding = name, kernel, stride, padding
+        self.bias, self.standardised = bias, standardised
+        self._x: Array | None = None
+
+    def _filters(self, weights: Mapping[str, Array]) -> tuple[Array, Array | None]:
+        """Filters as they are used, and one over their deviation, (O, 1, 1, 1)."""
+        w = weights[f"{self.name}.weight"]
+        if not self.standardised:
+            return w, None
+        w = w - w.mean(axis=(1, 2, 3), keepdims=True)
+        variance = np.square(w).sum(axis=(1, 2, 3), keepdims=True) / (w[0].size - 1)
+        scale = 1 / np.sqrt(variance + np.float32(1e-10))
+        return w * scale, scale
+
+    def _places(self, height: int, width: int) -> Iterator[tuple[int, int, tuple[slice, slice], tuple[slice, slice]]]:
+        """Every place of the kernel, the outputs that it reaches, and the inputs that it reads for them."""
+        for i in range(self.kernel):
+            for j in range(self.kernel):
+                (out_i, in_i), (out_j, in_j) = (
+                    _reach(
+                        place - self.padding, self.stride, size, _outputs(size, self.kernel, self.stride, self.padding)
+                    )
+                    for place, size in ((i, height), (j, width))
+                )
+                yield i, j, (out_i, out_j), (in_i, in_j)
+
+    def forward(self, x: Array, weights: Mapping[str, Array], learns: bool) -> Array:
+        filters, _ = self._filters(weights)
+        n, _, height, width = x.shape
+        size = [_outputs(side, self.kernel, self.stride, self.padding) for side in (height, width)]
+        y = np.zeros((n, len(filters), *size), np.float32)
+        if self.bias:
+            y += weights[f"{self.name}.bias"][:, None, None]
+        for i, j, (a, b), (c, d) in self._places(height, width):
+            piece = x[:, :, c, d]
+            product = filters[:, :, i, j] @ piece.reshape(*piece.shape[:2], -1)
+            y[:, :, a, b] += product.reshape(n, -1, *piece.shape[2:])
+        self._x = x if learns else None
+        return y
+
+    def backward(self, gradient: Array, weights: Mapping[str, Array], into: Mapping[str, Array], wanted: bool) -> Array:
+        assert self._x is not None
+        x, self._x = self._x, None
+        filters, scale = self._filters(weights)
+        of_filters, of_x = np.zeros_like(filters), np.zeros_like(x if wanted else x[:0])
+        if self.bias:
+            into[f"{self.name}.bias"][...] += gradient.sum(axis=(0, 2, 3))
+        for i, j, (a, b), (c, d) in self._places(*x.shape[2:]):
+            piece, g = x[:, :, c, d], gradient[:, :, a, b]
+            flat, g_flat = piece.reshape(*piece.shape[:2], -1), g.reshape(*g.shape[:2], -1)
+            of_filters[:, :, i, j] = (g_flat @ flat.transpose(0, 2, 1)).sum(axis=0)
+            if wanted:
+                of_x[:, :, c, d] += (filters[:, :, i, j].T @ g_flat).reshape(piece.shape)
+        if scale is not None:  # through the standardisation
+            count = filters[0].size
+            along = (of_filters * filters).sum(axis=(1, 2, 3), keepdims=True) / (count - 1)
+            of_filters = (of_filters - of_filters.mean(axis=(1, 2, 3), keepdims=True) - filters * along) * scale
+        into[f"{self.name}.weight"][...] += of_filters
+        return of_x
+
+
+class GroupNorm:
+    """GroupNorm (Wu and He, 2018).
+
+    Args:
+        name: of weight and bias in the weights.
+        channels: of a group.
+        eps: added to the variance.
+    """
+
+    def __init__(self, name: str, channels: int, eps: float) -> None:
+        self.name, self.channels, self.eps = name, channels, eps
+        self._kept: tuple[Array, Array] | None = None
+
+    def forward(self, x: Array, weights: Mapping[str, Array], learns: bool) -> Array:
+        groups = x.reshape(len(x), -1, self.channels * x.shape[2] * x.shape[3])
+        y = groups - groups.mean(axis=2, keepdims=True)
+        scale = 1 / np.sqrt(np.square(y).mean(axis=2, keepdims=True) + np.float32(self.eps))
+        y *= scale
+        self._kept = (y, scale) if learns else None
+        weight, bias = (weights[f"{self.name}.{part}"][:, None, None] for part in ("weight", "bias"))
+        return y.reshape(x.shape) * weight + bias
+
+    def backward(self, gradient: Array, weights: Mapping[str, Array], into: Mapping[str, Array], wanted: bool) -> Array:
+        assert self._kept is not None
+        (y, scale), self._kept = self._kept, None
+        into[f"{self.name}.bias"][...] += gradient.sum(axis=(0, 2, 3))
+        into[f"{self.name}.weight"][...] += (gradient * y.reshape(gradient.shape)).sum(axis=(0, 2, 3))
+        g = (gradient * weights[f"{self.name}.weight"][:, None, None]).reshape(y.shape)
+        g = g - g.mean(axis=2, keepdims=True) - y * (g * y).mean(axis=2, keepdims=True)
+        return (g * scale).reshape(gradient.shape)
+
+
+class ReLU:
+    """max(x, 0), in place."""
+
+    def __init__(self) -> None:
+        self._on: NDArray[np.bool_] | None = None
+
+    def forward(self, x: Array, weights: Mapping[str, Array], learns: bool) -> Array:
+        np.maximum(x, 0, out=x)
+        self._on = x > 0 if learns else None
+        return x
+
+    def backward(self, gradient: Array, weights: Mapping[str, Array], into: Mapping[str, Array], wanted: bool) -> Array:
+        assert self._on is not None
+        on, self._on = self._on, None
+        return gradient * on
+
+
+class Chain:
+    """Layers one after the other."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = list(layers)
+
+    def forward(self, x: Array, weights: Mapping[str, Array], learns: bool) -> Array:
+        for layer in self.layers:
+            x = layer.forward(x, weights, learns)
+        return x
+
+    def backward(self, gradient: Array, weights: Mapping[str, Array], into: Mapping[str, Array], wanted: bool) -> Array:
+        for place, layer in reversed(list(enumerate(self.layers))):
+            gradient = layer.backward(gradient, weights, into, wanted or place > 0)
+        return gradient
+
+
+class Residual:
+    """Layers beside a shortcut, summed (He et al., 2016). An empty shortcut is the identity."""
+
+    def __init__(self, body: Chain, shortcut: Chain) -> None:
+        self.body, self.shortcut = body, shortcut
+
+    def forward(self, x: Array, weights: Mapping[str, Array], learns: bool) -> Array:
+        y = self.body.forward(x, weights, learns)
+        y += self.shortcut.forward(x, weights, learns)
+        return y
+
+    def backward(self, gradient: Array, weights: Mapping[str, Array], into: Mapping[str, Array], wanted: bool) -> Array:
+        of_x = self.body.backward(gradient, weights, into, wanted)
+        beside = self.shortcut.backward(gradient, weights, into, wanted)
+        return of_x + beside if wanted else of_x
+
+
+def _outputs(size: int, kernel: int, stride: int, padding: int) -> int:
+    return (size + 2 * padding - kernel) // stride + 1
+
+
+def _reach(offset: int, stride: int, size: int, outputs: int) -> tuple[slice, slice]:
+    """Outputs whose input ``stride * output + offset`` lies in the image, and those inputs."""
+    first = max(0, math.ceil(-offset / stride))
+    last = min(outputs, (size - 1 - offset) // stride + 1)
+    start = stride * first + offset
+    return slice(first, last), slice(start, stride * (last - 1) + offset + 1, stride)
+
+
+def built(description: Sequence[Mapping[str, Any]]) -> Chain:
+    """The network that a description means.
+
+    Args:
+        description: of layers, each with ``kind``, as ``mocosfl.models.description.describe`` makes it.
+
+    Raises:
+        ValueError: a layer is of an unknown kind.
+    """
+    layers: list[Layer] = []
+    for item in description:
+        facts = dict(item)
+        kind = facts.pop("kind", None)
+        if kind == "conv":
+            layers.append(Convolution(**facts))
+        elif kind == "group_norm":
+            layers.append(GroupNorm(**facts))
+        elif kind == "relu":
+            layers.append(ReLU())
+        elif kind == "residual":
+            layers.append(Residual(built(facts["body"]), built(facts["shortcut"])))
+        else:
+            raise ValueError(f"a layer of unknown kind {str(kind)[:40]!r}")
+    return Chain(layers)

@@ -1,0 +1,78 @@
+"""The half in numpy computes what PyTorch computes, forward and backward."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mocosfl.config import ModelSettings
+from mocosfl.models import build
+from mocosfl.models.description import describe
+from mocosfl_device.engine import built
+
+
+def numbers(network: nn.Module) -> dict[str, np.ndarray]:
+    return {name: p.detach().numpy().copy() for name, p in network.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "cut", "bottleneck", "size"),
+    [
+        ("resnet18", 1, "none", 8),
+        ("resnet18", 1, "C4S2", 8),
+        ("resnet18", 1, "C3S4", 32),
+        ("resnet18", 3, "C4S2", 8),
+        ("resnet18", 7, "C4S2", 16),
+        ("resnet50", 4, "C4S2", 16),
+    ],
+)
+@pytest.mark.parametrize("stem", ["32", "64"])
+def test_equals_autograd(backbone: str, cut: int, bottleneck: str, size: int, stem: str) -> None:
+    settings = ModelSettings(backbone=backbone, width=8, cut=cut, bottleneck=bottleneck, stem=stem)
+    half = build(settings, 3, size, seed=1).client
+    with torch.no_grad():
+        for parameter in half.parameters():  # norms that do nothing would hide mistakes
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    ours = built(json.loads(json.dumps(describe(half))))
+    x = torch.randn(2, 3, size, size, requires_grad=True)
+    y = half(x)
+    gradient = torch.randn_like(y)
+    y.backward(gradient)
+
+    weights, image = numbers(half), x.detach().numpy()
+    np.testing.assert_allclose(ours.forward(image, weights, learns=False), y.detach().numpy(), atol=1e-4)
+    np.testing.assert_allclose(ours.forward(image, weights, learns=True), y.detach().numpy(), atol=1e-4)
+    into = {name: np.zeros_like(w) for name, w in weights.items()}
+    of_x = ours.backward(gradient.numpy(), weights, into, wanted=True)
+    assert x.grad is not None
+    np.testing.assert_allclose(of_x, x.grad.numpy(), atol=1e-4)
+    for name, parameter in half.named_parameters():
+        assert parameter.grad is not None
+        scale = max(1.0, float(parameter.grad.abs().max()))
+        np.testing.assert_allclose(into[name] / scale, parameter.grad.numpy() / scale, atol=1e-4, err_msg=name)
+
+
+def test_input_is_left_alone_and_gradients_add_up() -> None:
+    half = build(ModelSettings(width=8, bottleneck="C4S2"), 3, 8, seed=0).client
+    ours, weights = built(describe(half)), numbers(half)
+    image = np.random.default_rng(0).standard_normal((1, 3, 8, 8)).astype(np.float32)
+    before = image.copy()
+    once, twice = ({name: np.zeros_like(w) for name, w in weights.items()} for _ in range(2))
+    for into, times in ((once, 1), (twice, 2)):
+        for _ in range(times):
+            y = ours.forward(image, weights, learns=True)
+            ours.backward(np.ones_like(y), weights, into, wanted=False)
+    assert np.array_equal(image, before)
+    for name in weights:
+        np.testing.assert_allclose(twice[name], 2 * once[name], rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_be_computed_is_named() -> None:
+    with pytest.raises(TypeError, match=r"1\.0: BatchNorm2d cannot be computed without PyTorch"):
+        describe(nn.Sequential(nn.ReLU(), nn.Sequential(nn.BatchNorm2d(4))))
+    with pytest.raises(TypeError, match="0: Conv2d cannot"):
+        describe(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)))
+    with pytest.raises(ValueError, match="a layer of unknown kind 'attention'"):
+        built([{"kind": "attention"}])
