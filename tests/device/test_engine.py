@@ -1,6 +1,7 @@
 """The half in numpy computes what PyTorch computes, forward and backward."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ def numbers(network: nn.Module) -> dict[str, np.ndarray]:
     [
         ("resnet18", 1, "none", 8),
         ("resnet18", 1, "C4S2", 8),
-        ("resnet18", 1, "C3S4", 32),
+        ("resnet18", 1, "C3S4", 32),  # in slices, as all with a bottleneck at cut 1
         ("resnet18", 3, "C4S2", 8),
         ("resnet18", 7, "C4S2", 16),
         ("resnet50", 4, "C4S2", 16),
@@ -30,7 +31,7 @@ def numbers(network: nn.Module) -> dict[str, np.ndarray]:
 )
 @pytest.mark.parametrize("stem", ["32", "64"])
 def test_equals_autograd(backbone: str, cut: int, bottleneck: str, size: int, stem: str) -> None:
-    settings = ModelSettings(backbone=backbone, width=8, cut=cut, bottleneck=bottleneck, stem=stem)
+    settings = ModelSettings(backbone=backbone, width=12, cut=cut, bottleneck=bottleneck, stem=stem)
     half = build(settings, 3, size, seed=1).client
     with torch.no_grad():
         for parameter in half.parameters():  # norms that do nothing would hide mistakes
@@ -52,6 +53,21 @@ def test_equals_autograd(backbone: str, cut: int, bottleneck: str, size: int, st
         assert parameter.grad is not None
         scale = max(1.0, float(parameter.grad.abs().max()))
         np.testing.assert_allclose(into[name] / scale, parameter.grad.numpy() / scale, atol=1e-4, err_msg=name)
+
+
+def test_a_client_at_width_64_holds_little() -> None:
+    """Tensors of a step at batch 1, besides the weights: by numpy's own account of its memory."""
+    half = build(ModelSettings(bottleneck="C4S2"), 3, 32, seed=0).client
+    ours, weights = built(describe(half)), numbers(half)
+    into = {name: np.zeros_like(w) for name, w in weights.items()}
+    image, gradient = np.zeros((1, 3, 32, 32), np.float32), np.ones((1, 4, 16, 16), np.float32)
+    tracemalloc.start()
+    ours.forward(image, weights, learns=True)
+    ours.backward(gradient, weights, into, wanted=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    held = 4 * sum(w.nbytes for w in weights.values())  # both halves, the optimiser, the gradient
+    assert peak + held < 500_000
 
 
 def test_input_is_left_alone_and_gradients_add_up() -> None:

@@ -1,7 +1,9 @@
 """A client half in numpy: forward and backward.
 
 The server describes the half as a list of layers (``mocosfl.models.description``), so nothing here knows of an
-architecture. Arrays are float32 images, (n, C, H, W).
+architecture. Arrays are float32 images, (n, C, H, W). Between the stem and the bottleneck lie more numbers than all
+else that a small client holds. Groups of a norm do not see each other, so that stretch is computed a few channels at a
+time, and again on the way back instead of being kept (``Sliced``).
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 Weights = dict[str, Array]
 """Parameters by name, as PyTorch names and lays them out."""
+
+SLICE = 8
+"""Channels that ``Sliced`` computes at a time, or one group of the norm if that is larger."""
 
 
 class Layer(Protocol):
@@ -186,6 +191,60 @@ class Residual:
         return of_x + beside if wanted else of_x
 
 
+class Sliced:
+    """Convolution, GroupNorm, ReLU and a plain convolution, a few channels at a time.
+
+    Each slice of the channels in the middle is a small network of its own, over views of the weights, and the outputs
+    of all slices add up to the whole.
+
+    Args:
+        first, norm, last: the layers; ``last`` does not standardise its filters.
+    """
+
+    def __init__(self, first: Convolution, norm: GroupNorm, last: Convolution) -> None:
+        self.first, self.norm, self.last = first, norm, last
+        plain = Convolution(last.name, last.kernel, last.stride, last.padding, bias=False, standardised=False)
+        self.slice = Chain([first, norm, ReLU(), plain])
+        self._x: Array | None = None
+
+    def _slices(self, *weights: Mapping[str, Array]) -> Iterator[list[Weights]]:
+        """Views of the slices' weights, of each of the arguments."""
+        channels = len(weights[0][f"{self.first.name}.weight"])
+        inner = (self.first.name, self.norm.name)
+        step = self.norm.channels * max(1, SLICE // self.norm.channels)
+        for start in range(0, channels, step):
+            part = slice(start, start + step)
+            yield [
+                {name: w[part] for name, w in given.items() if name.rpartition(".")[0] in inner}
+                | {f"{self.last.name}.weight": given[f"{self.last.name}.weight"][:, part]}
+                for given in weights
+            ]
+
+    def forward(self, x: Array, weights: Mapping[str, Array], learns: bool) -> Array:
+        y: Array | None = None
+        for (part,) in self._slices(weights):
+            of_part = self.slice.forward(x, part, learns=False)
+            y = of_part if y is None else np.add(y, of_part, out=y)
+        assert y is not None
+        self._x = x if learns else None
+        if self.last.bias:
+            y += weights[f"{self.last.name}.bias"][:, None, None]
+        return y
+
+    def backward(self, gradient: Array, weights: Mapping[str, Array], into: Mapping[str, Array], wanted: bool) -> Array:
+        assert self._x is not None
+        x, self._x = self._x, None
+        of_x = np.zeros_like(x if wanted else x[:0])
+        for part, into_part in self._slices(weights, into):
+            self.slice.forward(x, part, learns=True)
+            of_part = self.slice.backward(gradient, part, into_part, wanted)
+            if wanted:
+                of_x += of_part
+        if self.last.bias:
+            into[f"{self.last.name}.bias"][...] += gradient.sum(axis=(0, 2, 3))
+        return of_x
+
+
 def _outputs(size: int, kernel: int, stride: int, padding: int) -> int:
     return (size + 2 * padding - kernel) // stride + 1
 
@@ -221,4 +280,7 @@ def built(description: Sequence[Mapping[str, Any]]) -> Chain:
             layers.append(Residual(built(facts["body"]), built(facts["shortcut"])))
         else:
             raise ValueError(f"a layer of unknown kind {str(kind)[:40]!r}")
+        match layers[-4:]:
+            case [Convolution() as first, GroupNorm() as norm, ReLU(), Convolution(standardised=False) as last]:
+                layers[-4:] = [Sliced(first, norm, last)]
     return Chain(layers)
