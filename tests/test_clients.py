@@ -16,6 +16,7 @@ from mocosfl.data.partition import Partition
 from mocosfl.data.sampler import ClientSampler, pool_of_round
 from mocosfl.models import build
 from mocosfl.models.heads import WIDTHS, build_head
+from mocosfl.rounding import rounded
 from mocosfl.server import Server
 from mocosfl.trainer import Trainer
 
@@ -234,6 +235,24 @@ def test_frozen_clients_go_on_where_they_were() -> None:
     first.forward()
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     assert torch.equal(first.forward().query, second.forward().query)
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8", "int4", "topk"])
+def test_latents_and_gradients_lose_what_their_codecs_lose(codec: str) -> None:
+    changes = {"clients.number": 4, "clients.pool": None}
+    full, coarse = (
+        cohorts(settings(**changes, **{"traffic.latents": name, "traffic.gradients": name}))[0]
+        for name in ("fp32", codec)
+    )
+    sent, kept = full.forward(), coarse.forward()
+    for ours, theirs in ((kept.query, sent.query), (kept.key, sent.key)):
+        assert torch.equal(ours, rounded(theirs, codec, 0.1))
+        assert not torch.equal(ours, theirs)
+    gradient = torch.randn_like(sent.query)
+    full.backward(rounded(gradient, codec, 0.1), 0.1)  # straight-through: at the latents as they were
+    coarse.backward(gradient, 0.1)
+    for name, average in full.average().items():
+        torch.testing.assert_close(coarse.average()[name], average, rtol=0, atol=0)
 
 
 def test_backward_needs_a_forward() -> None:

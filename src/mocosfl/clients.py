@@ -27,6 +27,7 @@ from mocosfl.data.sampler import ClientSampler
 from mocosfl.distributed import World
 from mocosfl.models.side_by_side import SideBySide, Stack
 from mocosfl.privacy.defences import Defence
+from mocosfl.rounding import rounded
 from mocosfl.sync import averaging, fedavg
 from mocosfl_device.augment import AugmentParameters
 from mocosfl_device.randomness import PROTECT, bits
@@ -194,6 +195,8 @@ class _Simulated(ABC):
     def _latents(self, query: Tensor, key: Tensor, learning: bool) -> Latents:
         """Latents as the server takes them, (V, n, ...) each, with whose they are."""
         clients, sizes = self.pool[self.views.seats], self.views.sizes[self.views.seats]
+        traffic = self.config.traffic
+        query, key = (rounded(z, traffic.latents, traffic.topk) for z in (query, key))
         return Latents(query, key, clients, sizes, self.views.shares, learning)
 
 
@@ -306,9 +309,11 @@ class LocalCohort(_Simulated):
         return self._latents(query.detach(), key, learning=True)
 
     def backward(self, gradients: Tensor, lr: float) -> dict[str, Tensor]:
-        """Back-propagate each client's piece through its half; one SGD step each."""
+        """Back-propagate each client's piece through its half, as if its codec had lost nothing (straight-through); one
+        SGD step each."""
         if self._query is None:
             raise RuntimeError("backward needs a forward before it")
+        gradients = rounded(gradients, self.config.traffic.gradients, self.config.traffic.topk)
         if self._seen is not None:
             with record_function("clients: defence"):
                 flat = [t.flatten(0, 1) for t in (self._query.detach(), self._seen, gradients)]

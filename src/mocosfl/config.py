@@ -247,6 +247,23 @@ class DefenceSettings(Settings):
     """Weight of the distance correlation in the clients' loss."""
 
 
+CodecName = Literal["fp32", "bf16", "int8", "int4", "topk"]
+
+
+class TrafficSettings(Settings):
+    """In how many bytes clients and server tell each other numbers. Simulated clients lose what real ones lose."""
+
+    group = "traffic"
+
+    latents: CodecName = "fp32"
+    """Latents as fp32; bf16; int8 or int4, whole numbers between the least and the greatest of each image's channel; or
+    topk, the largest numbers of each image as bf16."""
+    gradients: CodecName = "fp32"
+    """Gradients at the latents, likewise."""
+    topk: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Share of an image's numbers that topk keeps."""
+
+
 class ResSFLSettings(Settings):
     """The attacker-aware loss of a client half: the similarity of images and what a decoder makes of their latents.
 
@@ -399,6 +416,7 @@ class Config(Settings):
     clients: ClientSettings = ClientSettings()
     sync: SyncSettings = SyncSettings()
     defence: DefenceSettings = DefenceSettings()
+    traffic: TrafficSettings = TrafficSettings()
     ressfl: ResSFLSettings = ResSFLSettings()
     pretrain: PretrainSettings = PretrainSettings()
     train: TrainSettings = TrainSettings()
