@@ -39,7 +39,7 @@ import grpc
 import numpy as np
 
 from mocosfl_device.protocol_pb2 import ClientMessage, Join, Latents, Ready, ServerMessage
-from mocosfl_device.wire import METHOD, PROTOCOL, channel_options, pack
+from mocosfl_device.wire import METHOD, PROTOCOL, Coder, channel_options
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST = "127.0.0.1"
@@ -276,7 +276,7 @@ async def client_ours(method: Any, case: Case, number: int, joining: asyncio.Sem
         pixels = SIZE**2
         ready = Ready(images=1, sums=[PIXEL * pixels] * CHANNELS, squares=[PIXEL**2 * pixels] * CHANNELS)
         await stream.write(ClientMessage(ready=ready).SerializeToString())
-    latents = pack(np.full((1, 1, case.numbers), 0.5, np.float32))
+    latents = Coder().pack(np.full((1, 1, case.numbers), 0.5, np.float32))
     message = ClientMessage(latents=Latents(query=latents, key=latents)).SerializeToString()
     while (raw := await stream.read()) is not grpc.aio.EOF:
         order = ServerMessage.FromString(raw).order

@@ -262,6 +262,8 @@ class TrafficSettings(Settings):
     """Gradients at the latents, likewise."""
     topk: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Share of an image's numbers that topk keeps."""
+    zstd: bool = False
+    """Compress latents and gradients further, without loss (Zstandard). Simulated clients have nothing of it."""
 
 
 class ResSFLSettings(Settings):

@@ -122,11 +122,6 @@ def _check_servable(config: Config, settings: ServeSettings, resume: bool) -> No
             f"defence.kind={config.defence.kind}: its loss needs all clients' latents beside their images, and is only "
             "simulated; accepted over the network are none, noise and dropout"
         )
-    if (config.traffic.latents, config.traffic.gradients) != ("fp32", "fp32"):
-        raise SettingError(
-            f"traffic.latents={config.traffic.latents} and traffic.gradients={config.traffic.gradients}: over the "
-            "network only fp32 is accepted so far; the others are simulated"
-        )
     registry_of(settings)
     if (settings.min_clients or 0) > config.clients.number:
         raise SettingError(

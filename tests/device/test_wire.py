@@ -2,10 +2,14 @@
 
 import numpy as np
 import pytest
+import zstandard
 
 from mocosfl_device import wire
+from mocosfl_device.codecs import NAMES, codec_of
 from mocosfl_device.protocol_pb2 import ClientMessage, Goodbye, Hello, ServerMessage, Tensor
-from mocosfl_device.wire import Violation, pack, pack_weights, unpack, unpack_latents, unpack_weights
+from mocosfl_device.wire import Coder, Violation, pack, pack_weights, unpack, unpack_latents, unpack_weights
+
+FULL = Coder()
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3, 2), (2, 1, 4), (0, 3)])
@@ -53,19 +57,66 @@ def test_a_tensor_that_is_not_as_expected(message: Tensor, reason: str) -> None:
 
 def test_latents_up_to_the_bound_pass() -> None:
     latents = np.full((1, 2, 3), 5, np.float32)
-    assert np.array_equal(unpack_latents(pack(latents), (1, 2, 3), 5.0, "latents"), latents)
+    assert np.array_equal(unpack_latents(FULL.pack(latents), (1, 2, 3), 5.0, "latents", FULL), latents)
     latents[0, 1] = 5.01  # one image of two
     with pytest.raises(Violation, match=r"latents: the root mean square of an image's latent is 5\.01, and 5 is"):
-        unpack_latents(pack(latents), (1, 2, 3), 5.0, "latents")
+        unpack_latents(FULL.pack(latents), (1, 2, 3), 5.0, "latents", FULL)
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf, 3e38, -1e30])
 @pytest.mark.parametrize("place", [0, 7, 11])
-def test_numbers_that_are_not_finite_or_far_too_large(number: float, place: int) -> None:
+@pytest.mark.parametrize("coder", [Coder("fp32"), Coder("bf16"), Coder("int8"), Coder("int4"), Coder("topk", 0.5)])
+def test_numbers_that_are_not_finite_or_far_too_large(number: float, place: int, coder: Coder) -> None:
     latents = np.ones(12, np.float32)
     latents[place] = number
     with pytest.raises(Violation, match="latents: a number is not finite, or far too large"):
-        unpack_latents(pack(latents.reshape(2, 2, 3)), (2, 2, 3), 100.0, "latents")
+        unpack_latents(coder.pack(latents.reshape(2, 2, 3)), (2, 2, 3), 100.0, "latents", coder)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("zstd", [False, True])
+def test_latents_travel_by_any_codec(name: str, zstd: bool) -> None:
+    shape = (2, 3, 4, 8, 8)
+    sent = np.maximum(np.random.default_rng(0).standard_normal(shape).astype(np.float32), 0)
+    codec, coder = codec_of(name, 0.2), Coder(name, 0.2, zstd)
+    message = Tensor.FromString(coder.pack(sent).SerializeToString())
+    expected = codec.decode(codec.encode(sent), shape)
+    for other in (Coder(name, 0.2), Coder(name, 0.2, True)):  # whether it is compressed is the sender's choice
+        assert np.array_equal(unpack_latents(message, shape, 100.0, "latents", other), expected)
+    assert (len(message.data) < coder.size(shape)) == zstd
+
+
+def test_what_cannot_be_compressed_travels_as_it_is() -> None:
+    noise = np.frombuffer(np.random.default_rng(0).bytes(4096), np.float32).reshape(1, 1, 1024)
+    assert Coder(zstd=True).pack(noise).data == noise.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (Tensor(dtype="int4", shape=[1, 1, 4], data=bytes(8)), "latents: codec 'int4' instead of int8"),
+        (Tensor(dtype="float32", shape=[1, 1, 4], data=bytes(16)), "latents: codec 'float32' instead of int8"),
+        (Tensor(dtype="int8", shape=[1, 4, 1], data=bytes(8)), r"latents: shape \[1, 4, 1\] instead of \[1, 1, 4\]"),
+        (Tensor(dtype="int8", shape=[1, 1, 4], data=bytes(9)), "latents: 9 bytes instead of 8"),
+        (Tensor(dtype="int8+zstd", shape=[1, 1, 4], data=bytes(8)), "latents: .*"),
+        (
+            Tensor(dtype="int8+zstd", shape=[1, 1, 4], data=zstandard.compress(bytes(2**30 // 64))),
+            "latents: compressed bytes of another size than 8",
+        ),
+    ],
+)
+def test_numbers_that_are_not_what_was_agreed_on(message: Tensor, reason: str) -> None:
+    with pytest.raises(Violation, match=reason):
+        unpack_latents(message, (1, 1, 4), 100.0, "latents", Coder("int8"))
+
+
+def test_a_frame_that_lies_about_its_size_makes_no_more_than_it_said() -> None:
+    frame = bytearray(zstandard.compress(bytes(200)))
+    frame[5] = 8  # the content's size, in a byte of its own
+    assert zstandard.frame_content_size(bytes(frame)) == 8
+    message = Tensor(dtype="int8+zstd", shape=[1, 1, 4], data=bytes(frame))
+    with pytest.raises(Violation, match="latents: "):
+        unpack_latents(message, (1, 1, 4), 100.0, "latents", Coder("int8"))
 
 
 HALF = {"online.weight": np.ones((2, 3), np.float32), "online.batches": np.array(7)}

@@ -31,7 +31,7 @@ from mocosfl.network.settings import ServeSettings
 from mocosfl_device.client import Client
 from mocosfl_device.protocol_pb2 import ClientMessage, Join, Latents, Ready, ServerMessage
 from mocosfl_device.settings import JoinSettings
-from mocosfl_device.wire import METHOD, PROTOCOL, channel_options, pack
+from mocosfl_device.wire import METHOD, PROTOCOL, Coder, channel_options
 
 PATIENCE = 150
 """Seconds after which something hangs. Nothing is expected to take nearly as long."""
@@ -456,5 +456,5 @@ READY = ClientMessage(ready=Ready(images=10, sums=[64_000], squares=[12_800_000]
 
 def latents_of(step: int, query: np.ndarray | None = None, key: np.ndarray | None = None) -> ClientMessage:
     good = np.ones((1, 2, *SHAPE), np.float32)
-    pair = {"query": pack(good if query is None else query), "key": pack(good if key is None else key)}
+    pair = {"query": Coder().pack(good if query is None else query), "key": Coder().pack(good if key is None else key)}
     return ClientMessage(latents=Latents(step=step, **pair))

@@ -23,7 +23,7 @@ from mocosfl_device.protocol_pb2 import (
     ServerMessage,
     Welcome,
 )
-from mocosfl_device.wire import METHOD, PROTOCOL, goodbye, pack
+from mocosfl_device.wire import METHOD, PROTOCOL, Coder, goodbye
 
 SETTINGS = '{"sync": {"momentum": true}, "data": {"size": 8, "channels": 1}}'
 
@@ -60,7 +60,7 @@ class Talk:
 
 
 def gradient(step: int, number: float = 1.0, shape: tuple[int, ...] = (1, 2, *SHAPE)) -> Gradients:
-    return Gradients(step=step, lr=0.1, query=pack(np.full(shape, number, np.float32)))
+    return Gradients(step=step, lr=0.1, query=Coder().pack(np.full(shape, number, np.float32)))
 
 
 @pytest.fixture

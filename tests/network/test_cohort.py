@@ -63,6 +63,9 @@ RUNS = {
     "pooled-one-way": POOLED | {"sync.momentum": False, "contrast.symmetric": False},
     "both-views-median": {"contrast.both_views": True, "model.client_norm": "batch", "sync.average": "median"},
     "frozen": {"clients.frozen": True},
+    "int8": {"traffic.latents": "int8", "traffic.gradients": "int8", "traffic.zstd": True},
+    "bf16-topk": {"traffic.latents": "bf16", "traffic.gradients": "topk"},
+    "frozen-int4": {"clients.frozen": True, "traffic.latents": "int4"},
 }
 
 
@@ -73,7 +76,7 @@ def networked(data: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
     mocosfl.train(digits(**{"train.epochs": 0.05}), folder / "half")
     done, served, joined = {}, [], []
     for name, changes in RUNS.items():
-        start = {"clients.init": str(folder / "half")} if name == "frozen" else {}
+        start = {"clients.init": str(folder / "half")} if name.startswith("frozen") else {}
         config, port = digits(**CALM | changes | start), free_port()
         (folder / f"{name}.yaml").write_text(config.to_yaml())
         served.append([str(folder / f"{name}.yaml"), str(folder / name), port])

@@ -109,7 +109,7 @@ def handle(one: Host, raw: bytes) -> str:
         message = from_client(raw)
         kind = message.WhichOneof("kind")
         if kind == "join":
-            exchange.welcome(message.join.client)
+            exchange.welcome(message.join.client, frozenset(message.join.capabilities))
         elif kind == "ready":
             exchange.check_ready(message.ready)
         elif kind in ("latents", "weights"):

@@ -18,7 +18,7 @@ from mocosfl.network import service
 from mocosfl.network.enrolment import Registry
 from mocosfl.network.service import host_of
 from mocosfl_device.protocol_pb2 import ClientMessage, Goodbye, Heartbeat, Hello, Latents, Ready, Tensor
-from mocosfl_device.wire import PROTOCOL, pack, pack_weights
+from mocosfl_device.wire import PROTOCOL, Coder, pack_weights
 
 
 @pytest.fixture
@@ -235,6 +235,12 @@ def test_other_versions_of_the_protocol_are_named(
         member(one.port).end()
 
 
+def test_a_client_that_does_not_know_the_codecs_is_refused(host: Callable[..., Host]) -> None:
+    one = host({"traffic.latents": "int4", "traffic.gradients": "int8"})
+    told = refusal(one.port, capabilities=["learn", "int8"])
+    assert told.reason == "latents and gradients of this run travel as int4, which the client does not know"
+
+
 def test_a_client_that_cannot_learn_is_refused(host: Callable[..., Host]) -> None:
     one = host()
     assert "needs clients that learn" in refusal(one.port, capabilities=["forward"]).reason
@@ -439,7 +445,7 @@ def test_bytes_before_a_join(host: Callable[..., Host]) -> None:
 
     assert "bytes before a join" in asyncio.run(first(b"\0" * 65_537)).reason
     assert "expected a join, not heartbeat" in asyncio.run(first(ClientMessage(heartbeat=Heartbeat()))).reason
-    big = ClientMessage(latents=Latents(step=1, query=pack(np.ones(3, np.float32))))
+    big = ClientMessage(latents=Latents(step=1, query=Coder().pack(np.ones(3, np.float32))))
     assert "expected a join, not latents" in asyncio.run(first(big)).reason
     assert one.counts["violations"] == 3
 

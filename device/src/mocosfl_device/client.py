@@ -6,6 +6,7 @@ What the client computes is a ``Worker``'s business; nothing here needs torch.
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import signal
 import socket
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mocosfl_device import __version__
+from mocosfl_device.codecs import NAMES
 from mocosfl_device.errors import MocosflError, RunError, SettingError
 from mocosfl_device.protocol_pb2 import (
     ClientMessage,
@@ -38,15 +40,14 @@ from mocosfl_device.sockets import bytes_of, hold
 from mocosfl_device.wire import (
     METHOD,
     PROTOCOL,
+    Coder,
     Refused,
     Violation,
     channel_options,
     describe,
     from_server,
     goodbye,
-    pack,
     pack_weights,
-    unpack,
     unpack_weights,
 )
 
@@ -225,6 +226,23 @@ class Client:
                 stream.cancel()
 
 
+def coders(settings: str) -> tuple[Coder, Coder]:
+    """How latents and gradients travel, of the settings in a welcome.
+
+    Raises:
+        RunError: they are not understood.
+    """
+    try:
+        told: dict[str, Any] = json.loads(settings).get("traffic", {})
+        share, zstd = told.get("topk", 0.1), bool(told.get("zstd", False))
+        pair = [Coder(told.get(what, "fp32"), share, zstd) for what in ("latents", "gradients")]
+        for coder in pair:
+            coder.size((1, 1, 1))  # now, rather than when the first latents are there
+        return pair[0], pair[1]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise RunError(f"the server's settings are not understood: {error}") from error
+
+
 class _Talk:
     """One stream."""
 
@@ -236,6 +254,7 @@ class _Talk:
         self._beating: asyncio.Task[None] | None = None
         self._listening: asyncio.Task[None] | None = None
         self._inbox: asyncio.Queue[bytes | Exception] = asyncio.Queue(INBOX)
+        self._latents, self._gradients = Coder(), Coder()
         self.sockets: list[socket.socket] = []  # held: the server may close them before they are counted
 
     async def hold(self) -> None:
@@ -280,11 +299,12 @@ class _Talk:
             client=settings.client,
             token=settings.secret(),
             images=self.worker.images,
-            capabilities=self.worker.capabilities,
+            capabilities=[*self.worker.capabilities, *NAMES, "zstd"],
             software=__version__,
         )
         await self._say(ClientMessage(join=join))
         welcome = (await self._next("welcome")).welcome
+        self._latents, self._gradients = coders(welcome.settings)
         self._beating = asyncio.create_task(self._beat(welcome.heartbeat))
         images, sums, squares = await asyncio.to_thread(self.worker.prepare, welcome)
         await self._say(ClientMessage(ready=Ready(images=images, sums=sums, squares=squares)))
@@ -297,11 +317,11 @@ class _Talk:
             step = order.gradients.step
             if self._drawn is None or step != self._drawn[0]:  # no gradient is ever applied twice
                 raise Violation(f"a gradient of step {step}, which is not the last one")
-            gradient = unpack(order.gradients.query, self._drawn[1], "float32", "gradient")
+            gradient = self._gradients.unpack(order.gradients.query, self._drawn[1], "gradient")
             if not np.isfinite(gradient).all():
                 raise Violation("a gradient that is not finite")
             self._drawn = None
-            traffic.tensors_received += gradient.nbytes
+            traffic.tensors_received += len(order.gradients.query.data)
             await asyncio.to_thread(self.worker.learn, step, gradient, order.gradients.lr)
         if order.HasField("collect"):
             weights = await asyncio.to_thread(self.worker.weights)
@@ -316,8 +336,11 @@ class _Talk:
             step = order.draw.step
             query, key = await asyncio.to_thread(self.worker.draw, step, order.draw.first)
             self._drawn = (step, query.shape)
-            traffic.tensors_sent += query.nbytes + key.nbytes
-            await self._say(ClientMessage(latents=Latents(step=step, query=pack(query), key=pack(key))))
+            latents = Latents(step=step)
+            self._latents.pack_into(latents.query, query)
+            self._latents.pack_into(latents.key, key)
+            traffic.tensors_sent += len(latents.query.data) + len(latents.key.data)
+            await self._say(ClientMessage(latents=latents))
             self.client.steps += 1
 
     async def _beat(self, seconds: float) -> None:

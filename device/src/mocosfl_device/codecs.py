@@ -83,11 +83,13 @@ class Affine(Codec):
 
     def encode(self, x: Array) -> bytes:
         rows = x.reshape(_channels(x.shape), -1)
-        low = _to_bf16(rows.min(axis=1))
-        step = _to_bf16((rows.max(axis=1) - _from_bf16(low)) / self.levels)
+        with np.errstate(invalid="ignore", over="ignore"):
+            low = _to_bf16(rows.min(axis=1))
+            step = _to_bf16((rows.max(axis=1) - _from_bf16(low)) / self.levels)
         low_, step_ = _from_bf16(low)[:, None], _from_bf16(step)[:, None]
-        codes = np.rint((rows - low_) / np.where(step_ > 0, step_, np.float32(1)))
-        codes = codes.clip(0, self.levels).astype(np.uint8).ravel()
+        with np.errstate(invalid="ignore"):  # what is not finite shows in the least number or the step
+            codes = np.rint((rows - low_) / np.where(step_ > 0, step_, np.float32(1)))
+            codes = codes.clip(0, self.levels).astype(np.uint8).ravel()
         if self.bits == 4:
             codes = np.append(codes, np.zeros(len(codes) % 2, np.uint8))
             codes = codes[::2] | codes[1::2] << 4
@@ -100,7 +102,8 @@ class Affine(Codec):
         codes = np.frombuffer(data, np.uint8, offset=4 * channels)
         if self.bits == 4:
             codes = np.stack([codes & 15, codes >> 4], axis=1).ravel()[: math.prod(shape)]
-        return (low + codes.reshape(channels, -1).astype(np.float32) * step).reshape(shape)
+        with np.errstate(invalid="ignore", over="ignore"):  # whoever sent what is not finite is told so later
+            return (low + codes.reshape(channels, -1).astype(np.float32) * step).reshape(shape)
 
     def size(self, shape: Sequence[int]) -> int:
         return 4 * _channels(shape) + math.ceil(math.prod(shape) * self.bits / 8)
@@ -124,7 +127,8 @@ class TopK(Codec):
     def encode(self, x: Array) -> bytes:
         numbers, kept = self._kept(x.shape)
         rows = x.reshape(-1, numbers)
-        places = np.sort(np.argpartition(-np.abs(rows), kept - 1, axis=1)[:, :kept], axis=1)
+        magnitude = np.where(np.isnan(rows), np.float32(np.inf), np.abs(rows))  # not to be hidden
+        places = np.sort(np.argpartition(-magnitude, kept - 1, axis=1)[:, :kept], axis=1)
         mask = np.zeros(rows.shape, bool)
         np.put_along_axis(mask, places, True, axis=1)
         values = np.take_along_axis(rows, places, axis=1)
@@ -180,8 +184,9 @@ def _channels(shape: Sequence[int]) -> int:
 
 
 def _to_bf16(x: Array) -> NDArray[np.uint16]:
-    """The nearest bfloat16's bits; ties to even. Numbers have to be finite."""
+    """The nearest bfloat16's bits; ties to even."""
     raw = np.ascontiguousarray(x, "<f4").view("<u4")
+    raw = np.where(np.isnan(x), np.uint32(0x7FC00000), raw)  # rounding would make something else of it
     return ((raw + np.uint32(0x7FFF) + ((raw >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype("<u2")
 
 

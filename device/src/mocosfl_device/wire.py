@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import zstandard
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
+from mocosfl_device.codecs import Codec, codec_of
 from mocosfl_device.protocol_pb2 import ClientMessage, Goodbye, ServerMessage, Tensor, Weights
 
 PROTOCOL = 1
@@ -19,6 +23,11 @@ METHOD = "/mocosfl.v1.Federation/Session"
 
 SLACK = 64 * 2**10
 """Bytes of a message that are not numbers of latents, gradients or weights, at most."""
+
+ZSTD, ZSTD_LEVEL = "+zstd", 9
+"""What a compressed codec's name ends in; effort of the compression."""
+MOST_WINDOW = 8 * 2**20
+"""Bytes of memory that a compressed message may ask for."""
 
 DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "int64": np.dtype("<i8")}
 
@@ -33,7 +42,7 @@ class Violation(Exception):
 
 
 def pack(array: NDArray) -> Tensor:
-    """An array as a message.
+    """Weights as a message.
 
     Args:
         array: float32 or int64, of any shape.
@@ -41,18 +50,10 @@ def pack(array: NDArray) -> Tensor:
     Raises:
         TypeError: another dtype.
     """
-    message = Tensor()
-    pack_into(message, array)
-    return message
-
-
-def pack_into(message: Tensor, array: NDArray) -> None:
-    """``pack`` into an empty message that is there: one copy fewer than to put a message into another."""
     name = _NAMES.get(array.dtype)
     if name is None:
         raise TypeError(f"{array.dtype} does not travel; accepted are {', '.join(DTYPES)}")
-    message.dtype, message.data = name, array.tobytes()
-    message.shape.extend(array.shape)
+    return Tensor(dtype=name, shape=array.shape, data=array.tobytes())
 
 
 def unpack(message: Tensor, shape: Sequence[int], dtype: str, what: str) -> NDArray:
@@ -80,22 +81,92 @@ def unpack(message: Tensor, shape: Sequence[int], dtype: str, what: str) -> NDAr
     return np.frombuffer(message.data, kind).reshape(shape)
 
 
-def unpack_latents(message: Tensor, shape: Sequence[int], bound: float, what: str) -> NDArray[np.float32]:
+@dataclass(frozen=True)
+class Coder:
+    """How latents or gradients travel.
+
+    Attributes:
+        name: of the codec.
+        share: of the numbers that ``topk`` keeps.
+        zstd: whether the bytes are compressed too, without loss. Both kinds are understood in any case.
+    """
+
+    name: str = "fp32"
+    share: float = 0.1
+    zstd: bool = False
+
+    @cached_property
+    def codec(self) -> Codec:
+        """What loses something, if anything does."""
+        return codec_of(self.name, self.share)
+
+    def size(self, shape: Sequence[int]) -> int:
+        """Bytes of numbers of this shape, before they are compressed."""
+        return self.codec.size(shape)
+
+    def pack(self, array: NDArray[np.float32]) -> Tensor:
+        """Numbers of images, (V, B, ...) float32, as a message."""
+        message = Tensor()
+        self.pack_into(message, array)
+        return message
+
+    def pack_into(self, message: Tensor, array: NDArray[np.float32]) -> None:
+        """Put numbers of images, (V, B, ...) float32, into an empty message that is there: one copy fewer than to put a
+        message into another."""
+        data = self.codec.encode(array)
+        message.dtype, message.data = self.name, data
+        message.shape.extend(array.shape)
+        if self.zstd and len(packed := zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(data)) < len(data):
+            message.dtype, message.data = self.name + ZSTD, packed
+
+    def unpack(self, message: Tensor, shape: Sequence[int], what: str) -> NDArray[np.float32]:
+        """Numbers of images, (V, B, ...) float32, read-only or not.
+
+        Args:
+            message: as it was received.
+            shape: as it has to be.
+            what: names it in the error.
+
+        Raises:
+            Violation: codec, shape or length is another, or the bytes do not describe such numbers.
+        """
+        data = message.data
+        if message.dtype not in (self.name, self.name + ZSTD):
+            raise Violation(f"{what}: codec {message.dtype[:20]!r} instead of {self.name}")
+        if list(message.shape) != list(shape):
+            raise Violation(f"{what}: shape {list(message.shape)[:8]} instead of {list(shape)}")
+        try:
+            if message.dtype != self.name:
+                data = _decompressed(data, self.size(shape))
+            return self.codec.decode(data, shape)
+        except (ValueError, zstandard.ZstdError) as error:
+            raise Violation(f"{what}: {error}") from error
+
+
+def _decompressed(data: bytes, size: int) -> bytes:
+    """Undo the compression; never makes more than ``size`` bytes of it."""
+    if zstandard.frame_content_size(data) != size:  # -1 if it does not say
+        raise ValueError(f"compressed bytes of another size than {size}")
+    return zstandard.ZstdDecompressor(max_window_size=MOST_WINDOW).decompress(data, max_output_size=size)
+
+
+def unpack_latents(message: Tensor, shape: Sequence[int], bound: float, what: str, coder: Coder) -> NDArray[np.float32]:
     """Latents of some images, finite and not too large.
 
     Args:
         message: as it was received.
         shape: (V, B, ...).
+        coder: how they travel.
         bound: greatest root mean square of one image's latent.
         what: names it in the error.
 
     Returns:
-        Read-only float32 of that shape.
+        float32 of that shape, not to be written to.
 
     Raises:
-        Violation: as ``unpack``; or a number is not finite, or the latents of an image exceed the bound.
+        Violation: as ``Coder.unpack``; or a number is not finite, or the latents of an image exceed the bound.
     """
-    array = unpack(message, shape, "float32", what)
+    array = coder.unpack(message, shape, what)
     rows = array.reshape(shape[0] * shape[1], -1)
     squares = np.einsum("ij,ij->i", rows, rows).tolist()  # a number that is not finite, or overflows, shows in its sum
     most = bound**2 * rows.shape[1]

@@ -32,10 +32,10 @@ from mocosfl_device.protocol_pb2 import Latents as LatentsMessage
 from mocosfl_device.protocol_pb2 import Weights as WeightsMessage
 from mocosfl_device.randomness import POOL, bits
 from mocosfl_device.wire import (
+    Coder,
     Refused,
     Specification,
     Violation,
-    pack_into,
     pack_weights,
     unpack_latents,
     unpack_weights,
@@ -148,8 +148,12 @@ class Exchange:
             for part in kept
             for name, t in self.initial.items()
         }
-        image = 2 * self.views * 4 * int(np.prod(shape))  # bytes of its latents
-        self._message = image * int(config.batches.max())  # bytes of one client's latents
+        image = 2 * self.views * 4 * int(np.prod(shape))  # bytes of its latents here
+        traffic = config.traffic
+        self._latents = Coder(traffic.latents, traffic.topk)
+        self._gradients = {zstd: Coder(traffic.gradients, traffic.topk, zstd) for zstd in (False, True)}
+        largest = (self.views, int(config.batches.max()), *shape)
+        self._message = 2 * self._latents.size(largest)  # bytes of one client's latents under way
         self._ahead = min(settings.ahead, max(1, AHEAD // (image * config.step_images))) if self.frozen else 1
         self._most_transit = TRANSIT if image * config.step_images < LARGE else LARGE_TRANSIT
         self.seat_pool(np.arange(config.pool))
@@ -320,7 +324,7 @@ class Exchange:
             session.asked.append(batch.step)
             weights = self._due_weights(session)
             self.activated[client] = True
-            session.send(partial(self._order, _taken(session), None, weights, (batch.step, first)))
+            session.send(partial(self._order, session, _taken(session), None, weights, (batch.step, first)))
 
     def _due_weights(self, session: Session) -> WeightsMessage | None:
         """The average, for a client that was not handed it yet or is to start afresh."""
@@ -351,6 +355,7 @@ class Exchange:
 
     def _order(
         self,
+        session: Session,
         gradient: Gradient | None,
         collect: int | None,
         weights: WeightsMessage | None,
@@ -360,8 +365,9 @@ class Exchange:
         """Fill an order. The gradient is read only now, so that those that wait need no memory of their own."""
         if gradient is not None:
             order.gradients.step, order.gradients.lr, array = gradient
-            pack_into(order.gradients.query, array)
-            self.counts["tensor_bytes_out"] += array.nbytes
+            zstd = session.zstd and self.config.traffic.zstd
+            self._gradients[zstd].pack_into(order.gradients.query, array)
+            self.counts["tensor_bytes_out"] += len(order.gradients.query.data)
         if collect is not None:
             order.collect.number = collect
         if weights is not None:
@@ -410,7 +416,7 @@ class Exchange:
             if current and self.contributed[session.client]:
                 session.collecting = number
                 self._collect_from.add(session.client)
-                session.send(partial(self._order, _taken(session), number, None, None))
+                session.send(partial(self._order, session, _taken(session), number, None, None))
         deadline = time.monotonic() + self.settings.step_timeout
         while self._collect_from and (left := deadline - time.monotonic()) > 0:
             await self._change(left)
@@ -440,9 +446,18 @@ class Exchange:
 
     # The door's host (service.Host)
 
-    def welcome(self, client: int) -> Welcome:
+    def welcome(self, client: int, capabilities: frozenset[str]) -> Welcome:
         """The settings for a client."""
-        config = self.config
+        config, traffic = self.config, self.config.traffic
+        if not self.frozen and "learn" not in capabilities:
+            raise Refused(Goodbye.REFUSED, "this run needs clients that learn, and the client cannot")
+        codecs = {traffic.latents} if self.frozen else {traffic.latents, traffic.gradients}
+        if lacking := codecs - capabilities - {"fp32"}:
+            raise Refused(
+                Goodbye.REFUSED,
+                f"latents and gradients of this run travel as {' and '.join(sorted(lacking))}, which the client does "
+                "not know",
+            )
         if client >= config.clients.number:
             raise Refused(
                 Goodbye.REFUSED, f"there is no client {client}: the run has {config.clients.number} (clients.number)"
@@ -455,6 +470,7 @@ class Exchange:
             "contrast": config.contrast.model_dump(mode="json", include={"momentum", "symmetric", "both_views"}),
             "clients": {"batch": self._batch_of(client), "frozen": self.frozen},
             "sync": {"momentum": config.sync.momentum},
+            "traffic": traffic.model_dump(mode="json") | {"zstd": traffic.zstd and "zstd" in capabilities},
             "defence": config.defence.model_dump(mode="json"),
             "train": config.train.model_dump(mode="json", include={"momentum", "weight_decay", "precision"}),
         }
@@ -499,10 +515,10 @@ class Exchange:
         client, batch = session.client, self._batches.get(message.step)
         shape = (self.views, self._batch_of(client), *self.shape)
         pieces = [
-            unpack_latents(tensor, shape, self.settings.max_latent, name)
+            unpack_latents(tensor, shape, self.settings.max_latent, name, self._latents)
             for tensor, name in ((message.query, "query latents"), (message.key, "key latents"))
         ]
-        self.counts["tensor_bytes_in"] += sum(piece.nbytes for piece in pieces)
+        self.counts["tensor_bytes_in"] += len(message.query.data) + len(message.key.data)
         session.asked.popleft()
         if batch is None or client not in batch.awaited:
             self.counts["late"] += 1

@@ -65,6 +65,7 @@ class Session:
         client: its number.
         address: where it is.
         images: that it holds.
+        zstd: whether it takes compressed numbers.
         sums, squares: of its pixels, by channel.
         asked: steps whose latents it owes, in order.
         collecting: number of the collect whose weights it owes.
@@ -83,6 +84,7 @@ class Session:
     address: str
     context: Any
     images: int = 0
+    zstd: bool = False
     sums: tuple[int, ...] = ()
     squares: tuple[int, ...] = ()
     asked: deque[int] = field(default_factory=deque)
@@ -120,8 +122,8 @@ class Session:
 class Host(Protocol):
     """What the door opens to."""
 
-    def welcome(self, client: int) -> Welcome:
-        """The settings for a client. Raises ``Refused`` if there is no place for it."""
+    def welcome(self, client: int, capabilities: frozenset[str]) -> Welcome:
+        """The settings for a client. Raises ``Refused`` if there is no place for it, or it cannot do what is needed."""
 
     def free_number(self) -> int:
         """A number that no client has. Raises ``Refused`` if there is none."""
@@ -293,11 +295,10 @@ class Service:
         client = self._numbers[context] = self._identify(join)
         if not join.images:
             raise Refused(Goodbye.REFUSED, "the client holds no images")
-        welcome = self.host.welcome(client)
-        if not welcome.frozen and "learn" not in join.capabilities:
-            raise Refused(Goodbye.REFUSED, "this run needs clients that learn, and the client cannot")
+        welcome = self.host.welcome(client, frozenset(join.capabilities))
         self._count_join(client)
-        session = Session(client, str(context.peer()), context, images=join.images)
+        zstd = "zstd" in join.capabilities
+        session = Session(client, str(context.peer()), context, images=join.images, zstd=zstd)
         await _say(context, ServerMessage(welcome=welcome))
         return session
 

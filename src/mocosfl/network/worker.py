@@ -69,6 +69,7 @@ class TorchWorker:
             told["data"] |= {"source": self.source}
             told["clients"] |= {"number": welcome.client + 1, "pool": 1}
             told["sync"] |= {"every": 0}
+            told["traffic"] = {}  # whoever sends the latents encodes them
             return Config(**told)
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"the server's settings are not understood: {error}") from error
