@@ -266,12 +266,15 @@ BAD = {
         lambda: latents_of(1, query=np.ones((1, 3, *SHAPE), np.float32)),
         r"shape [1, 3, 3] instead of [1, 2, 3]",
     ),
-    "dtype": (lambda: latents_of(1, key=np.ones((1, 2, *SHAPE), np.int64)), "dtype 'int64' instead of float32"),
+    "codec": (
+        lambda: ClientMessage(latents=Latents(step=1, query=Coder("int8").pack(GOOD))),
+        "query latents: codec 'int8' instead of fp32",
+    ),
     "short": (
-        lambda: ClientMessage(latents=Latents(step=1, query=Tensor(dtype="float32", shape=[1, 2, 3], data=b"1234"))),
+        lambda: ClientMessage(latents=Latents(step=1, query=Tensor(dtype="fp32", shape=[1, 2, 3], data=b"1234"))),
         "4 bytes instead of 24",
     ),
-    "empty": (lambda: ClientMessage(latents=Latents(step=1)), "query latents: dtype ''"),
+    "empty": (lambda: ClientMessage(latents=Latents(step=1)), "query latents: codec ''"),
     "step": (lambda: latents_of(2), "latents of step 2, and step 1 comes first"),
     "weights": (lambda: ClientMessage(weights=pack_weights({})), "weights that nobody asked for"),
     "join": (lambda: join_of(Hello(), 0), "a second join"),
