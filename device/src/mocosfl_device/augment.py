@@ -159,3 +159,89 @@ def _draw_box(
     height, width = (np.where(fits.any(axis=1), a, size) for a in (height, width))
     top, left = np.floor(u_top * (size - height + 1)), np.floor(u_left * (size - width + 1))
     return np.stack([top, left, height, width], axis=1).astype(np.float32)
+
+
+def augmented(images: NDArray[np.uint8], parameters: AugmentParameters, policy: Policy) -> NDArray[np.float32]:
+    """Crop and flip, colour, grey and blur, one image after the other, as ``mocosfl.data.augment`` does for many.
+
+    Args:
+        images: (n, C, S, S), C = 1 or 3.
+        parameters: of n views.
+        policy: for the order of grey and colour.
+
+    Returns:
+        (n, C, S, S) in [0, 1].
+    """
+    out = np.empty(images.shape, np.float32)
+    for number, image in enumerate(images):
+        out[number] = _view(image.astype(np.float32) / 255, parameters, number, policy)
+    return out
+
+
+def _view(x: NDArray[np.float32], p: AugmentParameters, i: int, policy: Policy) -> NDArray[np.float32]:
+    """One view, (C, S, S), with the i-th parameters."""
+    size, colour = x.shape[-1], len(x) == 3
+    top, left, height, width = p.box[i]
+    columns = _resize_matrix(left, width, size)
+    if p.flip[i]:
+        columns = columns[::-1]
+    x = _both_sides(_resize_matrix(top, height, size), x, columns)
+    grey = colour and p.grey[i] > 0
+    if grey and policy.grey_first:
+        x = np.broadcast_to(_luma(x), x.shape)
+    for place in range(4):
+        if colour and place == p.hue_place[i] and p.hue[i] != 0:
+            x = _turn_hue(x, p.hue[i])
+        if place < 3 and (factor := p.factors[i, kind := p.order[i, place]]) != 1:
+            origin = (np.float32(0), _luma(x).mean(), _luma(x))[kind]
+            x = (origin + factor * (x - origin)).clip(0, 1)
+    if grey and not policy.grey_first:
+        x = np.broadcast_to(_luma(x), x.shape)
+    if p.sigma[i] > 0:
+        blur = _blur_matrix(p.sigma[i], size, policy.blur_sigma[1])
+        x = _both_sides(blur, x, blur)
+    return x
+
+
+def _both_sides(rows: NDArray[np.float32], x: NDArray[np.float32], columns: NDArray[np.float32]) -> NDArray[np.float32]:
+    """rows @ x @ columns^T for every channel."""
+    product: NDArray[np.float32] = np.matmul(np.matmul(rows, x), columns.T)
+    return product
+
+
+def _resize_matrix(start: np.float32, length: np.float32, size: int) -> NDArray[np.float32]:
+    """Bilinear resize of ``length`` pixels from ``start`` to ``size``, (size, size); reads no pixel outside of them."""
+    out = np.arange(size, dtype=np.float32)
+    at = start + ((out + np.float32(0.5)) * (length / np.float32(size)) - np.float32(0.5)).clip(0, length - 1)
+    return (1 - np.abs(at[:, None] - out)).clip(0)
+
+
+def _blur_matrix(sigma: np.float32, size: int, largest: float) -> NDArray[np.float32]:
+    """Gaussian of ``sigma`` pixels, cut at 3 of the largest sigma, edge pixels repeated, (size, size)."""
+    reach = max(1, int(np.ceil(3 * largest)))
+    taps = np.arange(-reach, reach + 1)
+    weights = np.exp(-np.square(taps, dtype=np.float32) / (2 * max(sigma, np.float32(1e-3)) ** 2))
+    matrix, pixel = np.zeros((size, size), np.float32), np.arange(size)
+    for tap, weight in zip(taps, weights / weights.sum(), strict=True):
+        matrix[pixel, (pixel + tap).clip(0, size - 1)] += weight  # a row each: no place twice
+    return matrix
+
+
+def _luma(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(C, S, S) to (1, S, S)."""
+    if len(x) == 1:
+        return x
+    return np.einsum("c,chw->hw", np.array(GREY_WEIGHTS, np.float32), x)[None]
+
+
+def _turn_hue(x: NDArray[np.float32], turn: np.float32) -> NDArray[np.float32]:
+    """Turn the hue by a share of the circle, value and saturation (HSV) kept, (3, S, S)."""
+    r, g, b = x
+    value = x.max(axis=0)
+    chroma = value - x.min(axis=0)
+    is_r, is_g = value == r, value == g
+    distance = np.where(is_r, g - b, np.where(is_g, b - r, r - g)) / np.where(chroma > 0, chroma, np.float32(1))
+    corner = np.where(is_r, np.float32(0), np.where(is_g, np.float32(2), np.float32(4)))
+    sixth = distance + corner + 6 * turn  # hue in sixths of the circle
+    k = (np.array([5, 3, 1], np.float32)[:, None, None] + sixth) % 6
+    return value - chroma * np.minimum(k, 4 - k).clip(0, 1)
