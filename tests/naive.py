@@ -70,6 +70,7 @@ class NaiveCohort:
 
     def forward(self) -> Latents:
         policy, queries, keys = policy_of(self.config.augment), [], []
+        first = self.sampler.drawn[self.pool]
         for client in self.pool:
             rows, draws = self.sampler.draw(np.array([client]), self._batch(client))
             views = []
@@ -83,7 +84,7 @@ class NaiveCohort:
             queries.append(query)
             keys.append(key)
         sizes = np.array([self._batch(client) for client in self.pool])
-        return Latents(torch.cat(queries, 1), torch.cat(keys, 1), self.pool, sizes, (int(sizes.sum()),))
+        return Latents(torch.cat(queries, 1), torch.cat(keys, 1), self.pool, sizes, first, (int(sizes.sum()),))
 
     def _batch(self, client: int) -> int:
         rich = client >= self.config.clients.number - self.config.rich

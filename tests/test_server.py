@@ -25,7 +25,9 @@ def make(norm: type[nn.Module] = nn.Identity, **changes: object) -> Server:
 def latents(views: int = 1, clients: tuple[int, ...] = (0, 1, 2), batch: int = 2) -> Latents:
     shape = (views, len(clients) * batch, 4, 6, 6)
     sizes = np.full(len(clients), batch)
-    return Latents(torch.randn(shape), torch.randn(shape), np.array(clients), sizes, (int(sizes.sum()),))
+    return Latents(
+        torch.randn(shape), torch.randn(shape), np.array(clients), sizes, np.zeros_like(sizes), (int(sizes.sum()),)
+    )
 
 
 def naive_step(server: Server, batch: Latents) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from mocosfl.errors import RunError
+from mocosfl.latent_cache import RecallingCohort
 from mocosfl.network.cohort import RemoteCohort
 from mocosfl.network.observe import Observer, serve_prometheus
 from mocosfl.run import Run
@@ -148,7 +149,10 @@ class NetworkLog(Callback):
     def before_training(self, trainer: Trainer) -> None:
         """Begin to count."""
         sampled = trainer.config.pool < trainer.config.clients.number
-        self.cohort.follow(trainer.steps, trainer.round_steps if sampled else None, lambda: trainer.stop)
+        steps = trainer.steps
+        if isinstance(trainer.cohort, RecallingCohort):
+            steps = trainer.cohort.schedule.uploads(steps)
+        self.cohort.follow(steps, trainer.round_steps if sampled else None, lambda: trainer.stop)
         self.observer = Observer(self.cohort, trainer)
         if self.port is not None:
             self.end = serve_prometheus(self.observer, self.port)

@@ -43,6 +43,7 @@ class Latents:
             ``query[i]``.
         clients: (P,) int64, the clients in the order of their pieces.
         sizes: (P,) int64, images of each client; n is their sum.
+        first: (P,) int64, number of the draw that each client's first image is of; the others follow.
         shares: n of every process of the run; one number where there is one process.
         learning: whether the clients want a gradient.
     """
@@ -51,6 +52,7 @@ class Latents:
     key: Tensor
     clients: NDArray[np.int64]
     sizes: NDArray[np.int64]
+    first: NDArray[np.int64]
     shares: tuple[int, ...]
     learning: bool = True
 
@@ -197,7 +199,7 @@ class _Simulated(ABC):
         clients, sizes = self.pool[self.views.seats], self.views.sizes[self.views.seats]
         traffic = self.config.traffic
         query, key = (rounded(z, traffic.latents, traffic.topk) for z in (query, key))
-        return Latents(query, key, clients, sizes, self.views.shares, learning)
+        return Latents(query, key, clients, sizes, self.sampler.drawn[clients] - sizes, self.views.shares, learning)
 
 
 class LocalCohort(_Simulated):

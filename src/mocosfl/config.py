@@ -264,6 +264,27 @@ class TrafficSettings(Settings):
     """Share of an image's numbers that topk keeps."""
     zstd: bool = False
     """Compress latents and gradients further, without loss (Zstandard). Simulated clients have nothing of it."""
+    loss_threshold: Annotated[float, Field(gt=0)] | None = None
+    """Clients learn while the epoch's loss changes by more than this; then they send latents once more, and the server
+    trains on with those until it has (Chen et al., 2021). Unset: they learn in every step."""
+
+
+class CacheSettings(Settings):
+    """Latents that frozen clients send once, and the server uses many times."""
+
+    group = "cache"
+
+    views: Annotated[int, Field(ge=0, multiple_of=2)] = 0
+    """V: augmented views of each image that a client sends, two in an epoch; the server then draws its pairs from
+    them. 0: new ones in every step."""
+    refresh: Share = 0
+    """Share of the images of which a client sends new views in every later epoch; they replace the oldest."""
+    flip: Probability = 0
+    """Probability that the server mirrors a latent which it uses again."""
+    crop: Annotated[int, Field(ge=0)] = 0
+    """It shifts it by up to so many numbers, down or up and right or left."""
+    noise: Annotated[float, Field(ge=0)] = 0
+    """It adds Gaussian noise of this standard deviation, in multiples of the latent's root mean square."""
 
 
 class ResSFLSettings(Settings):
@@ -419,6 +440,7 @@ class Config(Settings):
     sync: SyncSettings = SyncSettings()
     defence: DefenceSettings = DefenceSettings()
     traffic: TrafficSettings = TrafficSettings()
+    cache: CacheSettings = CacheSettings()
     ressfl: ResSFLSettings = ResSFLSettings()
     pretrain: PretrainSettings = PretrainSettings()
     train: TrainSettings = TrainSettings()
@@ -450,6 +472,7 @@ class Config(Settings):
             )
         if clients.frozen and contrast.both_views:
             raise ValueError("contrast.both_views=True: it doubles what clients learn from, and they are frozen")
+        self._check_recalling()
         if self.pretrain.spare_client >= clients.number:
             raise ValueError(
                 f"pretrain.spare_client={self.pretrain.spare_client}: the clients are 0 to {clients.number - 1}"
@@ -465,6 +488,33 @@ class Config(Settings):
                 "needs at least one key of its own"
             )
         return self
+
+    def _check_recalling(self) -> None:
+        cache, threshold = self.cache, self.traffic.loss_threshold
+        if cache.views and not self.clients.frozen:
+            raise ValueError(
+                f"cache.views={cache.views}: latents of clients that learn grow old; accepted with "
+                "clients.frozen=True, and traffic.loss_threshold without"
+            )
+        if threshold is not None and self.clients.frozen:
+            raise ValueError(
+                f"traffic.loss_threshold={threshold:g}: frozen clients learn in no step; to have them send less, set "
+                "cache.views"
+            )
+        if threshold is not None and self.contrast.both_views:
+            raise ValueError(f"traffic.loss_threshold={threshold:g}: accepted with contrast.both_views=False")
+        if not self.recalls:
+            for name in ("refresh", "flip", "crop", "noise"):
+                if value := getattr(cache, name):
+                    raise ValueError(f"cache.{name}={value:g}: no latents are kept; set cache.views too")
+        elif self.pool < self.clients.number:
+            name = f"cache.views={cache.views}" if cache.views else f"traffic.loss_threshold={threshold:g}"
+            raise ValueError(f"{name}: needs all clients active; clients.pool={self.pool} of {self.clients.number} are")
+
+    @property
+    def recalls(self) -> bool:
+        """Whether latents are kept, and used again."""
+        return self.cache.views > 0 or self.traffic.loss_threshold is not None
 
     @property
     def pool(self) -> int:

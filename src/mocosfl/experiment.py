@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import nn
 
 from mocosfl.callbacks import Checkpoints, CollapseGuard, MetricsLog, Monitor, NetworkLog, ProgressLine
-from mocosfl.clients import FrozenCohort, LocalCohort
+from mocosfl.clients import Cohort, FrozenCohort, LocalCohort
 from mocosfl.compute import keep_freed_memory
 from mocosfl.config import ClientSettings, Config
 from mocosfl.data.federation import Federation, Guests, federate
@@ -32,6 +32,7 @@ from mocosfl.data.sources import load
 from mocosfl.distributed import World, joined
 from mocosfl.encoder import Encoder, load_encoder, load_head, save_weights
 from mocosfl.errors import ReportedElsewhere, RunError, SettingError
+from mocosfl.latent_cache import LossWatch, RecallingCohort
 from mocosfl.models import build_head
 from mocosfl.models.heads import WIDTHS
 from mocosfl.models.resnet import stem_for
@@ -217,7 +218,7 @@ def _start(
 @dataclass(frozen=True)
 class Parts:
     encoder: Encoder
-    cohort: LocalCohort | FrozenCohort | RemoteCohort
+    cohort: Cohort
     server: Server
     device: torch.device
     world: World
@@ -260,7 +261,7 @@ def build(
     encoder.to(device)
     sampler, shapes = federation.sampler(config.seed), (encoder.latent_shape, images.shape)
     kind = FrozenCohort if config.clients.frozen else LocalCohort
-    cohort = kind(
+    cohort: Cohort = kind(
         encoder.client,
         config,
         images,
@@ -271,6 +272,11 @@ def build(
         world,
         defence_of(config, *shapes, device, world),
     )
+    if config.recalls:
+        if world.size > 1:
+            name = "cache.views" if config.cache.views else "traffic.loss_threshold"
+            raise SettingError(f"{name}: latents are kept by one process only; torchrun has started {world.size}")
+        cohort = RecallingCohort(cohort, config, federation.partition.sizes, encoder.latent_shape, device)
     server = Server(encoder.server, head, config, WIDTHS[config.model.head], device, world)
     return Parts(encoder, cohort, server, device, world, (list(mean), list(std)))
 
@@ -364,7 +370,10 @@ def run_to_end(
         built_in.append(monitor)
     if command == "pretrain":
         built_in.append(CollapseGuard())  # before a checkpoint is written
-    network = NetworkLog(log, cohort, console, metrics_port) if isinstance(cohort, RemoteCohort) else None
+    if isinstance(cohort, RecallingCohort):
+        built_in.append(LossWatch(cohort))
+    clients = cohort.cohort if isinstance(cohort, RecallingCohort) else cohort
+    network = NetworkLog(log, clients, console, metrics_port) if isinstance(clients, RemoteCohort) else None
     if network is not None:
         built_in.append(network)
     built_in += [Checkpoints(run), line] if first else [Checkpoints(run)]
@@ -373,6 +382,8 @@ def run_to_end(
         trainer.load_state_dict(state)
         say(f"resuming {run.path} at step {trainer.step} of {trainer.steps}")
     say(_describe(config, federation, encoder, trainer))
+    if isinstance(cohort, RecallingCohort):
+        say(cohort.describe(trainer.steps))
     try:
         with _stop_on_signal(trainer), contextlib.closing(line), contextlib.closing(network or line):
             trainer.run()

@@ -7,11 +7,13 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 
+from mocosfl.clients import Cohort
 from mocosfl.config import Config
 from mocosfl.data.federation import Guests, set_aside
 from mocosfl.data.images import ImageSet
@@ -20,6 +22,7 @@ from mocosfl.data.sources import Splits, load
 from mocosfl.distributed import World
 from mocosfl.errors import SettingError
 from mocosfl.experiment import Parts, Result, check_frozen, choose_device, networks, prepared, run_to_end, seen
+from mocosfl.latent_cache import RecallingCohort, UploadFirst
 from mocosfl.models.heads import WIDTHS
 from mocosfl.network.cohort import RemoteCohort
 from mocosfl.network.observe import event_log
@@ -87,14 +90,17 @@ def serve(
         cohort.start()
         host = settings.listen.rpartition(":")[0]
         say(f"listening on {host}:{cohort.exchange.service.port}" + ("" if settings.tls_cert else " without TLS"))
-        images, mean, std = cohort.gather(
-            settings.min_clients or config.clients.number,
-            lambda there: say(f"waiting for clients: {there} of {settings.min_clients or config.clients.number}"),
-        )
+        wanted = settings.min_clients or config.clients.number
+        if config.recalls and "client_images" in facts:
+            cohort.images[:] = facts["client_images"]
+        if not _all_is_here(config, run, facts):
+            images, mean, std = cohort.gather(wanted, lambda there: say(f"waiting for clients: {there} of {wanted}"))
         if "images" not in facts:
             own_mean, own_std = (encoder.mean, encoder.std) if config.clients.init else map(torch.tensor, (mean, std))
             facts |= {"images": images, "mean": own_mean.tolist(), "std": own_std.tolist()}
             facts["evaluate_on"] = settings.evaluate_on
+            if config.recalls:
+                facts["client_images"] = cohort.images.tolist()
             run.write_json("data.json", facts)
             run.write_fingerprints(seen(config, None))
         encoder.mean.copy_(torch.tensor(facts["mean"]))
@@ -102,14 +108,24 @@ def serve(
         encoder.to(device)
         own.train.to(device)
         cohort.begin(encoder.mean.cpu().numpy(), encoder.std.cpu().numpy())
+        clients: Cohort = cohort
+        if config.recalls:
+            clients = RecallingCohort(cohort, config, cohort.images, encoder.latent_shape, device)
         server = Server(encoder.server, head, config, WIDTHS[config.model.head], device)
         rows, held_out = set_aside(config.data.held_out, np.arange(len(own.train)), own.train.labels, config.seed)
         nobody = Partition(np.zeros(0, np.int64), np.zeros(1, np.int64))
         guests = Guests(own, rows, held_out, nobody, facts["images"], cohort.present)
-        parts = Parts(encoder, cohort, server, device, World(), (facts["mean"], facts["std"]))
+        parts = Parts(encoder, clients, server, device, World(), (facts["mean"], facts["std"]))
         result = run_to_end("serve", config, run, guests, parts, callbacks, console, say, settings.metrics_port)
         finished = result.finished
     return result
+
+
+def _all_is_here(config: Config, run: Run, facts: dict[str, Any]) -> bool:
+    """Whether a run that goes on needs no latents any more."""
+    if not config.cache.views or config.cache.refresh or "client_images" not in facts:
+        return False
+    return (run.latest_step or 0) >= UploadFirst.of(config, np.array(facts["client_images"])).first
 
 
 def _check_servable(config: Config, settings: ServeSettings, resume: bool) -> None:

@@ -117,6 +117,15 @@ class RemoteCohort:
         self._stopping = stopping
 
     @property
+    def images(self) -> NDArray[np.int64]:
+        """(N,) int64, images of each client; 0 if it has not been there. It fills as clients come."""
+        return self.exchange.images
+
+    def stop_asking(self) -> None:
+        """Send all clients away for good, and those who come later: their latents are no longer needed."""
+        self._call(self.exchange.service.dismiss(Goodbye.FINISHED, "the server has all latents that it needs"))
+
+    @property
     def present(self) -> int:
         """Clients that are there."""
         return len(self.exchange.service.sessions)
@@ -142,7 +151,8 @@ class RemoteCohort:
         query, key = (t.to(self.device) for t in (query, key))  # waits: the buffers are used again
         clients, sizes = exchange.pool[exchange.used], exchange.sizes[exchange.used]
         # detach: the buffer is used again, and must not be marked as wanting a gradient
-        return Latents(query.detach(), key.detach(), clients, sizes, (len(rows),), not exchange.frozen)
+        first = batch.first[exchange.used]
+        return Latents(query.detach(), key.detach(), clients, sizes, first, (len(rows),), not exchange.frozen)
 
     def backward(self, gradients: Tensor, lr: float) -> dict[str, Tensor]:
         """Keep the gradients for the clients' next order: they lie where the latents were."""

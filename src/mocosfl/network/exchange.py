@@ -99,8 +99,8 @@ class Exchange:
         current: its batch.
         used: (P',) int64, places in the pool of those whose latents are in it.
         online, momentum: the average halves that are handed out, by name; ``initial``, what they started from.
-        drawn, contributed, activated: (N,) of every client, images asked for, images since the last average, and
-            whether it was ever active.
+        images, drawn, contributed, activated: (N,) of every client, images it has (0 before it comes), images asked
+            for, images since the last average, and whether it was ever active.
         counts: of late clients, bytes and so on.
     """
 
@@ -125,7 +125,7 @@ class Exchange:
         self.begun = False
         number = config.clients.number
         self.drawn, self.contributed = np.zeros(number, np.int64), np.zeros(number, np.int64)
-        self.activated = np.zeros(number, bool)
+        self.activated, self.images = np.zeros(number, bool), np.zeros(number, np.int64)
         self.counts: Counter[str] = Counter()
         self.steps = self.round_steps = 2**62
         self.step = 0
@@ -496,7 +496,19 @@ class Exchange:
                 raise Violation("statistics that no images have")
 
     def entered(self, session: Session) -> None:
-        """A client has joined: it is asked at once if a step is under way."""
+        """A client has joined: it is asked at once if a step is under way.
+
+        Raises:
+            Refused: it has come back with another number of images, and its latents are being kept.
+        """
+        before = int(self.images[session.client])
+        if self.config.recalls and before not in (0, session.images):
+            raise Refused(
+                Goodbye.REFUSED,
+                f"client {session.client} was here with {before:,} images and now has {session.images:,}; the server "
+                "keeps latents of each, so they must stay the same",
+            )
+        self.images[session.client] = session.images
         self._ask(session)
         self._changed.set()
 

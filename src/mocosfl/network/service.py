@@ -210,17 +210,21 @@ class Service:
 
     async def stop(self, code: Goodbye.Code, reason: str, grace: float = 5.0) -> None:
         """Send everybody away and stop listening."""
-        self.closing = goodbye(code, reason)
+        await self.dismiss(code, reason, grace)
+        if self._watch is not None:  # it has listened
+            self._watch.cancel()
+            await self.server.stop(0.5)
+
+    async def dismiss(self, code: Goodbye.Code, reason: str, grace: float = 5.0) -> None:
+        """Send everybody away, and whoever comes from now on."""
+        if self.closing is None or self.closing.code != Goodbye.FINISHED:
+            self.closing = goodbye(code, reason)
         self._over.set()
-        if self._watch is None:  # it never listened
-            return
-        self._watch.cancel()
         sessions = list(self.sessions.values())
         for session in sessions:
             session.end(code, reason)
         if sessions:
             await asyncio.wait([asyncio.ensure_future(session.left.wait()) for session in sessions], timeout=grace)
-        await self.server.stop(0.5)
 
     # One connection
 
