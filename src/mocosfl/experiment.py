@@ -395,6 +395,8 @@ def run_to_end(
             "monitor_seconds": round(monitor.seconds, 1),
             **trainer.latest,
         }
+        if isinstance(cohort, RecallingCohort):
+            metrics["asked"] = {ask.value: count for ask, count in cohort.asked.items()}
         if trainer.step < trainer.steps:
             return Result(run.path, encoder, world.first(lambda: metrics), finished=False)
         if first:

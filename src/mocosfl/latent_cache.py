@@ -283,6 +283,7 @@ class RecallingCohort:
         store: what they have sent.
         step: steps so far.
         replayed: (N,) int64, images of each client that were taken from the store so far.
+        asked: steps so far, by what they asked (``Ask``).
     """
 
     def __init__(
@@ -306,6 +307,7 @@ class RecallingCohort:
         self.store.make_room(images)
         self.step = 0
         self.replayed = np.zeros(config.clients.number, np.int64)
+        self.asked = dict.fromkeys(Ask, 0)
         self._moved = False
         self._steps = 2**62
 
@@ -342,6 +344,7 @@ class RecallingCohort:
             self._moved |= ask is Ask.LEARN
             latents = replace(latents, learning=ask is Ask.LEARN and latents.learning)
         self.step += 1
+        self.asked[ask] += 1
         if ask is not Ask.NOTHING:
             self._let_go()
         return latents
@@ -411,6 +414,7 @@ class RecallingCohort:
             "schedule": self.schedule.state_dict(),
             "store": self.store.state_dict(),
             "replayed": torch.from_numpy(self.replayed),
+            "asked": {ask.value: count for ask, count in self.asked.items()},
             "step": self.step,
             "moved": self._moved,
         }
@@ -423,6 +427,7 @@ class RecallingCohort:
         self.images[:] = np.where(self.store.images > 0, self.store.images, self.images)
         self.replayed = state["replayed"].numpy().copy()
         self.step, self._moved = state["step"], state["moved"]
+        self.asked = {ask: state["asked"][ask.value] for ask in Ask}
 
 
 class LossWatch(Callback):
