@@ -343,7 +343,6 @@ def _join(args: Sequence[str]) -> int:
             f"across the socket; tensors alone are {traffic.tensors_sent / 1e6:,.2f} and "
             f"{traffic.tensors_received / 1e6:,.2f} MB"
         )
-    say("the run is over")
     return 0
 
 

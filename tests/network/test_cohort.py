@@ -1,12 +1,13 @@
 """Clients on the network train as simulated ones do."""
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from peers import Commands, digits, free_port, last_figures, losses
+from peers import Commands, digits, eventually, free_port, last_figures, losses
 from safetensors.torch import load_file
 
 import mocosfl
@@ -66,6 +67,8 @@ RUNS = {
     "int8": {"traffic.latents": "int8", "traffic.gradients": "int8", "traffic.zstd": True},
     "bf16-topk": {"traffic.latents": "bf16", "traffic.gradients": "topk"},
     "frozen-int4": {"clients.frozen": True, "traffic.latents": "int4"},
+    "frozen-cache": {"clients.frozen": True, "clients.batch": 32, "cache.views": 4, "train.epochs": 2.6},
+    "rest": {"clients.batch": 32, "traffic.loss_threshold": 99.0, "train.epochs": 3.8},
 }
 
 
@@ -96,6 +99,49 @@ def networked(data: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("name", RUNS)
 def test_a_networked_run_equals_a_simulated_one(name: str, networked: dict[str, tuple]) -> None:
     assert_equal_runs(*networked[name])
+
+
+def test_clients_whose_latents_are_all_there_are_let_go(networked: dict[str, tuple]) -> None:
+    run, simulated, _ = networked["frozen-cache"]
+    asked = json.loads((run / "result.json").read_text())["asked"]
+    assert asked == json.loads((simulated / "result.json").read_text())["asked"]
+    assert min(asked["upload"], asked["nothing"]) > 5
+    assert last_figures(run)["latents"] == 3 * asked["upload"]
+    assert last_figures(run)["clients"] == 0
+
+
+def test_clients_that_rest_send_nothing_and_stay(networked: dict[str, tuple]) -> None:
+    run, simulated, _ = networked["rest"]
+    asked = json.loads((run / "result.json").read_text())["asked"]
+    assert asked == json.loads((simulated / "result.json").read_text())["asked"]
+    assert min(asked.values()) > 5
+    assert last_figures(run)["latents"] == 3 * (asked["learn"] + asked["upload"])
+    assert last_figures(run)["clients"] == 3
+
+
+def test_a_server_that_has_all_latents_goes_on_without_clients(
+    start: Commands, data: Callable[..., Path], tmp_path: Path
+) -> None:
+    mocosfl.train(digits(**{"train.epochs": 0.05}), tmp_path / "half")
+    config = digits(
+        **CALM
+        | RUNS["frozen-cache"]
+        | {"clients.init": str(tmp_path / "half"), "train.epochs": 300, "train.log_every": 5}
+    )
+    folder = data()
+    server = start.serve(config)
+    port = server.port()
+    clients = [start.join(port, folder / f"client-{number}", "--client", number) for number in range(3)]
+    for client in clients:
+        assert "the server has all latents that it needs" in client.ends_well()
+    late = start.join(port, folder / "client-0", "--client", 0)
+    assert "the server has all latents that it needs" in late.ends_well()
+    server.process.send_signal(signal.SIGTERM)
+    eventually(lambda: server.process.poll() is not None)
+    step = last_figures(tmp_path / "run")["step"]
+    again = start.serve(None)
+    eventually(lambda: last_figures(tmp_path / "run")["step"] > step + 20)
+    again.process.kill()
 
 
 def test_frozen_clients_are_sent_their_half_once_and_no_gradient(networked: dict[str, tuple]) -> None:

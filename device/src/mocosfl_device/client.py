@@ -267,6 +267,7 @@ class _Talk:
         except Refused as refusal:
             if refusal.goodbye.code != Goodbye.FINISHED:
                 raise
+            self.client.say(refusal.goodbye.reason)
 
     def close(self) -> None:
         """Neither speak nor listen any more."""
