@@ -197,6 +197,7 @@ def test_state_goes_on_where_it_was(at: int) -> None:
     whole, other = recalling(config), recalling(config)
     for _ in range(at):
         whole.forward()
+    other.store.load_state_dict(whole.apart()[1])
     other.load_state_dict(whole.state_dict())
     for _ in range(20):
         one, two = whole.forward(), other.forward()
@@ -387,8 +388,22 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(
     config = digits(**changes | ({"clients.init": half} if "clients.frozen" in changes else {}))
     whole = mocosfl.train(config, tmp_path / "whole")
     assert not mocosfl.train(config, tmp_path / "cut", callbacks=(StopAt(at),)).finished
+    kept = sorted(path.name for path in (tmp_path / "cut/checkpoints").glob("apart-*"))
+    assert kept[-1] == f"apart-{min(at, asked[0] + asked[1]):09d}.pt"
     resumed = mocosfl.train(config, tmp_path / "cut", resume=True)
     for one, two in zip(whole.encoder.state_dict().values(), resumed.encoder.state_dict().values(), strict=True):
         assert torch.equal(one, two)
     assert tuple(whole.metrics["asked"].values()) == asked
     assert whole.metrics["asked"] == resumed.metrics["asked"]
+
+
+def test_a_checkpoint_whose_latents_are_damaged_falls_back_to_the_one_before(half: str, tmp_path: Path) -> None:
+    config = digits(**{"clients.frozen": True, "cache.views": 4, "clients.init": half, "train.checkpoint_every": 8})
+    assert not mocosfl.train(config, tmp_path / "run", callbacks=(StopAt(12),)).finished
+    latest = tmp_path / "run/checkpoints/apart-000000012.pt"
+    latest.write_bytes(latest.read_bytes()[:1000])
+    assert mocosfl.train(config, tmp_path / "run", resume=True).finished
+    assert (tmp_path / "run/checkpoints/step-000000012.damaged").exists()
+    whole = mocosfl.train(config, tmp_path / "whole")
+    assert (tmp_path / "whole/encoder.safetensors").read_bytes() == (tmp_path / "run/encoder.safetensors").read_bytes()
+    assert whole.finished

@@ -260,7 +260,8 @@ class Checkpoints(Callback):
     def _save(self, trainer: Trainer) -> None:
         state = trainer.state_dict()
         if trainer.world.rank == 0:
-            self.run.save_checkpoint(trainer.step, state)
+            apart = trainer.cohort.apart() if isinstance(trainer.cohort, RecallingCohort) else None
+            self.run.save_checkpoint(trainer.step, state, apart)
         self.saved = trainer.step
 
 

@@ -379,6 +379,8 @@ def run_to_end(
     built_in += [Checkpoints(run), line] if first else [Checkpoints(run)]
     trainer = Trainer(config, cohort, parts.server, federation.epoch_images, [*built_in, *callbacks], world)
     if (state := world.first(lambda: run.load_checkpoint(say))) is not None:
+        if isinstance(cohort, RecallingCohort):
+            cohort.store.load_state_dict(state["apart"])
         trainer.load_state_dict(state)
         say(f"resuming {run.path} at step {trainer.step} of {trainer.steps}")
     say(_describe(config, federation, encoder, trainer))

@@ -407,12 +407,15 @@ class RecallingCohort:
         """The average client half as a state dict."""
         return self.cohort.average()
 
+    def apart(self) -> tuple[int, dict[str, Any]]:
+        """The store's state, which is large, and a number that grows when it changes."""
+        return self.asked[Ask.LEARN] + self.asked[Ask.UPLOAD], self.store.state_dict()
+
     def state_dict(self) -> dict[str, Any]:
-        """The clients' state, the store, the schedule and the counters."""
+        """The clients' state, the schedule and the counters; what is in the store is ``apart``."""
         return {
             "clients": self.cohort.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "store": self.store.state_dict(),
             "replayed": torch.from_numpy(self.replayed),
             "asked": {ask.value: count for ask, count in self.asked.items()},
             "step": self.step,
@@ -420,10 +423,9 @@ class RecallingCohort:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore ``state_dict``'s result."""
+        """Restore ``state_dict``'s result; the store has been restored before."""
         self.cohort.load_state_dict(state["clients"])
         self.schedule.load_state_dict(state["schedule"])
-        self.store.load_state_dict(state["store"])
         self.images[:] = np.where(self.store.images > 0, self.store.images, self.images)
         self.replayed = state["replayed"].numpy().copy()
         self.step, self._moved = state["step"], state["moved"]

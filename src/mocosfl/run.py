@@ -243,21 +243,35 @@ class Run:
         kept = [json.dumps(record) for record in self.metrics() if record["step"] <= step]
         self.write("metrics.jsonl", "".join(line + "\n" for line in kept))
 
-    def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
+    def save_checkpoint(
+        self, step: int, state: dict[str, Any], apart: tuple[int, dict[str, Any]] | None = None
+    ) -> None:
         """Write the state after a step; of the older checkpoints the latest stays.
+
+        Args:
+            step: how many there were.
+            state: everything needed to go on.
+            apart: what is large and changes seldom, and a number that grows when it does: it is only written then.
 
         Raises:
             OSError: it could not be written; the older ones are untouched.
         """
         try:
+            if apart is not None:
+                version, large = apart
+                path = self.checkpoints / f"apart-{version:09d}.pt"
+                if not path.exists():
+                    write_atomically(path, lambda file: torch.save(large, file))
+                state = state | {"apart": path.name}
             write_atomically(self.checkpoints / f"step-{step:09d}.pt", lambda file: torch.save(state, file))
         except RuntimeError as error:  # how torch.save reports a full disk
             raise OSError(f"cannot write a checkpoint: {error}") from error
-        for path in self._checkpoint_files()[:-CHECKPOINTS_KEPT]:
+        for path in self._files("step")[:-CHECKPOINTS_KEPT] + self._files("apart")[:-CHECKPOINTS_KEPT]:
             path.unlink()
 
     def load_checkpoint(self, say: Callable[[str], None]) -> dict[str, Any] | None:
-        """The state of the latest checkpoint that can be read, on the CPU; None if there is none.
+        """The state of the latest checkpoint that can be read, on the CPU, with what was written ``apart``; None if there
+        is none.
 
         Args:
             say: told of those that cannot be read; they are put aside.
@@ -265,9 +279,14 @@ class Run:
         Raises:
             RunError: there are checkpoints, and none can be read.
         """
-        for path in reversed(self._checkpoint_files()):
+        for path in reversed(self._files("step")):
             try:
-                return torch.load(path, map_location="cpu", weights_only=True)
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                if "apart" in state:
+                    state["apart"] = torch.load(
+                        self.checkpoints / state["apart"], map_location="cpu", weights_only=True
+                    )
+                return state
             except Exception as error:  # whatever a damaged file makes the reader raise
                 aside = path.with_suffix(".damaged")
                 path.rename(aside)
@@ -277,13 +296,14 @@ class Run:
             raise RunError(f"no checkpoint of {self.path} can be read; start again with --overwrite")
         return None
 
-    def _checkpoint_files(self) -> list[Path]:
-        return sorted(p for p in self.checkpoints.glob("step-*.pt") if re.fullmatch(r"step-\d+\.pt", p.name))
+    def _files(self, kind: str) -> list[Path]:
+        """Checkpoints, or what was written apart from them, the oldest first."""
+        return sorted(p for p in self.checkpoints.glob(f"{kind}-*.pt") if re.fullmatch(kind + r"-\d+\.pt", p.name))
 
     @property
     def latest_step(self) -> int | None:
         """Step of the latest checkpoint."""
-        files = self._checkpoint_files()
+        files = self._files("step")
         return int(files[-1].stem.removeprefix("step-")) if files else None
 
     @contextmanager
