@@ -270,8 +270,8 @@ class Run:
             path.unlink()
 
     def load_checkpoint(self, say: Callable[[str], None]) -> dict[str, Any] | None:
-        """The state of the latest checkpoint that can be read, on the CPU, with what was written ``apart``; None if there
-        is none.
+        """The state of the latest checkpoint that can be read, on the CPU, and in it what was written ``apart``; None if
+        there is none.
 
         Args:
             say: told of those that cannot be read; they are put aside.
