@@ -270,11 +270,10 @@ class Run:
             path.unlink()
 
     def load_checkpoint(self, say: Callable[[str], None]) -> dict[str, Any] | None:
-        """The state of the latest checkpoint that can be read, on the CPU, and in it what was written ``apart``; None if
-        there is none.
+        """The state of the latest checkpoint that can be read, on the CPU; None if there is none.
 
         Args:
-            say: told of those that cannot be read; they are put aside.
+            say: told of those that cannot be read; they are put aside. What was written apart is in the state again.
 
         Raises:
             RunError: there are checkpoints, and none can be read.
