@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -125,6 +126,24 @@ class PartitionArguments:
     """Picture to write."""
     export: Path | None = None
     """Write every client's images as PNG files to a folder client-NUMBER in this one, to try `mocosfl join` with."""
+
+
+@dataclass
+class CostArguments:
+    """What a run costs each client and the server, before it is made, beside full federated learning (FL-BYOL). RECIPE
+    is a name from `mocosfl recipes` (default: digits) or a YAML file."""
+
+    config: Settings
+    device: str = "pi4"
+    """What clients run on: pi4, pi5, pi-zero-2w or jetson-nano."""
+    link: float | None = None
+    """Mbit a second, either way. Unset: the device's own network at its best."""
+    images: int | None = None
+    """Training images of all clients together. Unset: those of data.source, which must be a folder or well known."""
+    paper: bool = False
+    """Instead: the paper's table 1 and figure 7, counted anew."""
+    json: Path | None = None
+    """Write all figures to this file too."""
 
 
 def _base(args: Sequence[str]) -> tuple[Config, list[str]]:
@@ -313,6 +332,26 @@ def _partition(args: Sequence[str]) -> int:
     return 0
 
 
+def _cost(args: Sequence[str]) -> int:
+    config, flags = _base(args)
+    given = tyro.cli(CostArguments, prog="mocosfl cost [RECIPE]", args=flags, default=CostArguments(config))
+    from mocosfl.footprint import cost, devices
+    from mocosfl.reporting.cost import server_table, table
+
+    device = devices.device(given.device, given.link)
+    found = cost.of_paper(device) if given.paper else cost.of_recipe(given.config, device, given.images)
+    console.print(table(found))
+    if found.server is not None:
+        console.print(server_table(found.server))
+    for note in found.notes:
+        console.print(f"- {note}", highlight=False, markup=False)
+    if given.json is not None:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text(json.dumps(found.facts(), indent=1) + "\n", encoding="utf-8")
+        console.print(f"figures: {given.json}", highlight=False, soft_wrap=True)
+    return 0
+
+
 def _serve(args: Sequence[str]) -> int:
     config, flags = _base(args)
     given = tyro.cli(
@@ -390,6 +429,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "join": (_join, "be such a client"),
     "enroll": (_enroll, "give clients tokens to join with"),
     "recipes": (_recipes, "list the named configurations"),
+    "cost": (_cost, "what a run costs a client in arithmetic, memory, bytes, time and energy, before it is made"),
     "partition": (_partition, "print and draw the split of the images over the clients"),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -19,7 +19,9 @@ R = TypeVar("R")
 
 def autocast(device: torch.device, config: Config) -> AbstractContextManager:
     """bfloat16 autocast where ``train.precision`` asks for it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
+    if config.train.precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 def compiled(function: Callable[P, R], config: Config) -> Callable[P, R]:

@@ -101,6 +101,24 @@ def count_images(source: str, say: Callable[[str], None] = print) -> int:
     return _training_split(DataSettings(source=source), say).read().count
 
 
+def count_training_images(settings: DataSettings, seed: int, say: Callable[[str], None] = print) -> tuple[int, bool]:
+    """Training images that ``load`` would return, before any is decoded, and whether they are labelled.
+
+    Images that cannot be decoded, and ``data.images``, are left out of account.
+
+    Raises:
+        DataError, SettingError: as ``load``.
+    """
+    chosen = _choose(_find(settings, say), settings)
+    split = chosen[0].read()
+    if split.labels is None:
+        return split.count, False
+    if len(chosen) > 1:
+        return split.count, True
+    _, labels = np.unique(split.labels, return_inverse=True)
+    return split.count - len(_test_rows(labels, settings.test_share, seed)), True
+
+
 def _training_split(settings: DataSettings, say: Callable[[str], None]) -> Split:
     return _choose(_find(settings, say), settings)[0]
 

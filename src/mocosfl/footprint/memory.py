@@ -1,0 +1,242 @@
+"""Peak memory of tensors, of the very classes that a run is made of, on the meta device: no memory is taken.
+
+The interpreter, PyTorch itself (more than 200 MB) and the working memory inside kernels are not counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tracemalloc
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mocosfl.clients import FrozenCohort, Latents, LocalCohort
+from mocosfl.config import CacheSettings, Config, TrafficSettings
+from mocosfl.data.images import ImageSet
+from mocosfl.data.partition import Partition
+from mocosfl.data.sampler import ClientSampler
+from mocosfl.footprint.plan import Plan
+from mocosfl.models import build, build_head
+from mocosfl.models.description import describe
+from mocosfl.models.heads import WIDTHS
+from mocosfl.server import Server
+from mocosfl_device.engine import Weights, built
+
+META = torch.device("meta")
+
+
+class PeakMemory(TorchDispatchMode):
+    """Adds up the storages that are alive.
+
+    Args:
+        kept: tensors that are there already.
+
+    Attributes:
+        now, peak: bytes.
+    """
+
+    def __init__(self, kept: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: dict[int, weakref.ref[Any]] = {}
+        self._add(kept)
+
+    def _add(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key, size = id(storage), storage.nbytes()
+            if key not in self._alive:  # else it is a view, or was written in place
+                self._alive[key] = weakref.ref(storage)
+                weakref.finalize(storage, self._remove, key, size)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+
+    def _remove(self, key: int, size: int) -> None:
+        self.now -= size
+        del self._alive[key]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and take note of what it has made."""
+        made = func(*args, **(kwargs or {}))
+        self._add(leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor))
+        return made
+
+
+class _Rounded(TorchFunctionMode):
+    """bfloat16 autocast for the meta device, which PyTorch has none for."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.conv2d, F.conv_transpose2d, F.linear):
+            args = [arg.to(torch.bfloat16) if isinstance(arg, Tensor) else arg for arg in args]
+        return func(*args, **(kwargs or {}))
+
+
+def of_client(plan: Plan, rich: bool = False) -> int:
+    """Peak bytes of the tensors of a client with PyTorch: views, both halves, gradients, SGD momentum.
+
+    Args:
+        plan: the run.
+        rich: of a rich client.
+    """
+    return _peak(plan.config, *client_step(plan, rich, META))
+
+
+def of_server(plan: Plan) -> int:
+    """Peak bytes of the tensors of the server's step: latents, both halves, gradients, SGD momentum, queue.
+
+    Latents that it keeps (``cache.views``) are not among them.
+    """
+    return _peak(plan.config, *server_step(plan, META))
+
+
+def client_step(plan: Plan, rich: bool, device: torch.device) -> tuple[Callable[[], None], list[Tensor]]:
+    """What a client computes in a step, and the tensors that it keeps between two."""
+    config = _alone(plan, rich)
+    if device == META:
+        config = _in_full(config)
+    channels = config.data.channels
+    model = build(config.model, channels, plan.size, config.seed)
+    images = ImageSet(np.zeros((1, channels, plan.size, plan.size), np.uint8))
+    sampler = ClientSampler(Partition(np.zeros(config.clients.batch, np.int64), np.array([0, config.clients.batch])), 0)
+    facts = (config, images, sampler, torch.zeros(channels), torch.ones(channels), device)
+    if config.clients.frozen:
+        frozen = FrozenCohort(model.client, *facts)
+        return (lambda: _discard(frozen.forward())), _state(frozen.half)
+    cohort = LocalCohort(model.client, *facts)
+
+    def step() -> None:
+        query = cohort.forward().query  # the keys are sent, and gone
+        cohort.backward(torch.zeros_like(query), 0.1)
+
+    halves = [side.weights | side.statistics for side in (cohort.online, cohort.momentum)]
+    return step, [tensor for stack in (*halves, cohort.velocity) for tensor in stack.values()]
+
+
+def server_step(plan: Plan, device: torch.device) -> tuple[Callable[[], None], list[Tensor]]:
+    """What the server computes in a step, and the tensors that it keeps between two, SGD momentum apart."""
+    config = plan.config.updated({"train.compile": "off"})
+    if device == META:
+        config = _in_full(config)
+    model = build(config.model, config.data.channels, plan.size, config.seed)
+    head = build_head(config.model.head, model.features, config.seed)
+    server = Server(model.server, head, config, WIDTHS[config.model.head], device)
+    ways, count = 2 if config.contrast.both_views else 1, config.step_images
+    clients = np.arange(config.pool)
+
+    def step() -> None:
+        query, key = (torch.zeros(ways, count, *model.latent_shape, device=device) for _ in range(2))
+        learning = not config.clients.frozen
+        server.step(Latents(query, key, clients, config.batches, 0 * clients, (count,), learning), 0.1)
+
+    return step, [tensor for part in (server.online, server.momentum, server.queue) for tensor in _state(part)]
+
+
+def of_client_in_numpy(plan: Plan, rich: bool = False, most: float = 1e10) -> int | None:
+    """Peak bytes of the arrays of a client without PyTorch: a real step of ``mocosfl_device.engine``.
+
+    Args:
+        plan: the run.
+        rich: of a rich client.
+        most: multiply-adds that are worth the time.
+
+    Returns:
+        None if the half cannot be computed by the engine, or takes more than ``most``.
+    """
+    from mocosfl.footprint import arithmetic
+
+    config = plan.config
+    model = build(config.model, config.data.channels, plan.size, config.seed)
+    try:
+        description = describe(model.client)
+    except TypeError:
+        return None
+    if plan.batch(rich) * sum(arithmetic.of_client(plan).values()) > most:
+        return None
+    shape = (plan.batch(rich), config.data.channels, plan.size, plan.size)
+    with _traced() as peak:
+        network, online = built(description), _arrays(model.client)
+        momentum = online if config.clients.frozen else _arrays(model.client)
+        velocity = {} if config.clients.frozen else {name: np.zeros_like(w) for name, w in online.items()}
+        for _ in range(2):
+            first, second = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+            query = network.forward(first, online, learns=not config.clients.frozen)
+            if config.clients.frozen:
+                _discard(network.forward(second, momentum, learns=False), query)
+                continue
+            key = built(description).forward(second, momentum, learns=False)
+            gradients = {name: np.zeros_like(w) for name, w in online.items()}
+            network.backward(np.zeros_like(query), online, gradients, wanted=False)
+            for name, gradient in gradients.items():
+                velocity[name] += gradient
+            _discard(key)
+        return peak()
+
+
+@contextlib.contextmanager
+def _traced() -> Iterator[Callable[[], int]]:
+    """The most that was allocated within, in bytes."""
+    running = tracemalloc.is_tracing()
+    if not running:
+        tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    tracemalloc.reset_peak()
+    try:
+        yield lambda: tracemalloc.get_traced_memory()[1] - before
+    finally:
+        if not running:
+            tracemalloc.stop()
+
+
+def _arrays(network: nn.Module) -> Weights:
+    return {name: tensor.numpy().copy() for name, tensor in network.state_dict().items()}
+
+
+def _peak(config: Config, step: Callable[[], None], kept: Iterable[Tensor]) -> int:
+    """Peak of the second of two steps: the first makes what is kept from then on."""
+    half: AbstractContextManager = _Rounded() if config.train.precision == "bf16" else contextlib.nullcontext()
+    with half, PeakMemory(kept) as memory:
+        step()
+        step()
+    return memory.peak
+
+
+def _alone(plan: Plan, rich: bool) -> Config:
+    """The configuration of a cohort of one client."""
+    return plan.config.updated(
+        {
+            "clients.number": 1,
+            "clients.pool": None,
+            "clients.batch": plan.batch(rich),
+            "clients.rich_share": 0,
+            "clients.rich_batch_factor": 1,
+            "pretrain.spare_client": 0,
+            "sync.every": 0,
+            "train.compile": "off",
+            "traffic": TrafficSettings().model_dump(),
+            "cache": CacheSettings().model_dump(),
+            "defence.kind": "none",
+        }
+    )
+
+
+def _in_full(config: Config) -> Config:
+    """The same without autocast, for which ``_Rounded`` stands in."""
+    return config.updated({"train.precision": "fp32"})
+
+
+def _state(network: nn.Module) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]
+
+
+def _discard(*values: Any) -> None:
+    """Nothing; what is handed over lives until here."""

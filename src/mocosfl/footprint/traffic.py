@@ -1,0 +1,160 @@
+"""Bytes between one client and the server, by direction and kind, in a run in which nobody is late or away.
+
+Tensors are counted exactly, by the codecs' own sizes; compressed ones (``traffic.zstd``) are as large before
+compression, and what they are after it depends on the numbers. Messages are tensors with their names and shapes in
+protobuf, and gRPC's frame of 5 bytes. What TLS and HTTP/2 add is estimated: 9 bytes a frame and 22 a record, of
+16 KiB each. Greetings, heartbeats and the headers of TCP and IP are not counted.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from google.protobuf.message import Message
+from numpy.typing import NDArray
+
+from mocosfl.footprint.plan import Plan
+from mocosfl.models import build
+from mocosfl_device.protocol_pb2 import ClientMessage, Collect, Draw, Gradients, Latents, Order, ServerMessage
+from mocosfl_device.wire import Coder, pack_weights
+
+UP = ("query latents", "key latents", "halves up")
+DOWN = ("gradients", "halves down")
+KINDS = (*UP, *DOWN)
+
+GRPC, HTTP2, TLS, PIECE = 5, 9, 22, 16_384
+"""Bytes around a message; around each ``PIECE`` bytes of it in HTTP/2 and TLS 1.3."""
+
+Bytes = dict[str, float]
+"""By kind, one of ``KINDS``."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What passes between a client and the server.
+
+    Attributes:
+        step: bytes of tensors in a step in which the client takes part, without halves.
+        average: those of one average: its half sent, and the average received.
+        start: those that a client receives when it first takes part.
+        epoch: in an epoch in which every step asks for latents.
+        run: of the whole run; a mean over all clients where pools are sampled.
+        messages: up and down, with protobuf and gRPC: of the run.
+        socket: the same with HTTP/2 and TLS, estimated.
+    """
+
+    step: Bytes
+    average: Bytes
+    start: Bytes
+    epoch: Bytes
+    run: Bytes
+    messages: tuple[float, float]
+    socket: tuple[float, float]
+
+
+def way(amounts: Bytes, kinds: tuple[str, ...]) -> float:
+    """Bytes of several kinds."""
+    return sum(amounts[kind] for kind in kinds)
+
+
+def of_client(plan: Plan, rich: bool = False) -> Traffic:
+    """What passes between a client of a kind and the server, over the network (``mocosfl serve``)."""
+    config = plan.config
+    model = build(config.model, config.data.channels, plan.size, config.seed)
+    state = {name: tensor.numpy() for name, tensor in model.client.state_dict().items()}
+    half = sum(array.nbytes for array in state.values())
+    statistics = 2 * 4 * config.data.channels  # mean and deviation of each channel
+    frozen, momentum, traffic = config.clients.frozen, config.sync.momentum, config.traffic
+    shape = (2 if config.contrast.both_views else 1, plan.batch(rich), *model.latent_shape)
+    latents, gradients = (Coder(name, traffic.topk) for name in (traffic.latents, traffic.gradients))
+
+    none = dict.fromkeys(KINDS, 0.0)
+    step = none | {"query latents": latents.size(shape), "key latents": latents.size(shape)}
+    if not frozen:
+        step["gradients"] = gradients.size(shape)
+    halves = half * (2 if momentum else 1)
+    average = none if frozen else none | {"halves up": halves, "halves down": halves + statistics}
+    # The momentum half comes with the first order even where it is not averaged.
+    start = none | {"halves down": half * (1 if frozen else 2) + statistics}
+
+    number, active = plan.number(rich), plan.active(rich)
+    intervals, collections = (count * active / number for count in (plan.averages, plan.collections))
+    steps, ever = plan.client_steps(rich), plan.ever_active(rich) / number
+    run = {kind: steps * amount for kind, amount in step.items()}
+    run["halves up"] = collections * average["halves up"]
+    # An interval begins with the average handed out, the first of each client with what it starts from.
+    run["halves down"] = (intervals - (0 if frozen else ever)) * average["halves down"] + ever * start["halves down"]
+
+    epoch_steps = plan.epoch_steps(rich)
+    epoch = {kind: epoch_steps * amount for kind, amount in step.items()}
+    each_epoch = intervals / config.train.epochs
+    epoch |= {kind: each_epoch * average[kind] for kind in ("halves up", "halves down")}
+
+    counts = (steps, collections, intervals, ever)
+    ways = [
+        [(count, message.ByteSize() + GRPC) for count, message in messages]
+        for messages in (
+            _from_client(plan, counts, shape, latents, state),
+            _from_server(plan, counts, shape, gradients, state),
+        )
+    ]
+    up, down = (sum(count * size for count, size in sizes) for sizes in ways)
+    socket_up, socket_down = (sum(count * _framed(size) for count, size in sizes) for sizes in ways)
+    return Traffic(step, average, start, epoch, run, (up, down), (socket_up, socket_down))
+
+
+Counts = tuple[float, float, float, float]
+"""Of a client: steps, collections of its half, averages handed out, and whether it takes part at all."""
+
+
+def _from_client(
+    plan: Plan, counts: Counts, shape: tuple[int, ...], coder: Coder, state: dict[str, NDArray]
+) -> list[tuple[float, Message]]:
+    """How often a client sends each message. Numbers in them are those of the middle of the run."""
+    steps, collections, *_ = counts
+    piece = coder.pack(np.zeros(shape, np.float32))
+    messages: list[tuple[float, Message]] = [
+        (steps, ClientMessage(latents=Latents(step=plan.steps // 2, query=piece, key=piece)))
+    ]
+    if collections:
+        weights = pack_weights(_named(state, plan.config.sync.momentum), plan.collections // 2)
+        messages.append((collections, ClientMessage(weights=weights)))
+    return messages
+
+
+def _from_server(
+    plan: Plan, counts: Counts, shape: tuple[int, ...], coder: Coder, state: dict[str, NDArray]
+) -> list[tuple[float, Message]]:
+    """The same of the server's."""
+    steps, collections, intervals, ever = counts
+    frozen, middle = plan.config.clients.frozen, plan.steps // 2
+    draw = Draw(step=middle, first=round(steps / 2) * shape[1])
+    statistics = {name: np.zeros(plan.config.data.channels, np.float32) for name in ("mean", "std")}
+    first = pack_weights(_named(state, not frozen) | statistics)
+    if frozen:
+        return [(steps - ever, _order(draw=draw)), (ever, _order(draw=draw, weights=first))]
+    average = pack_weights(_named(state, plan.config.sync.momentum) | statistics)
+    gradients = Gradients(step=middle, lr=1.0, query=coder.pack(np.zeros(shape, np.float32)))
+    return [
+        (steps - collections, _order(gradients=gradients, draw=draw)),
+        (collections, _order(gradients=gradients, collect=Collect(number=max(1, plan.collections // 2)))),
+        (collections - intervals, _order(draw=draw)),
+        (intervals - ever, _order(draw=draw, weights=average)),
+        (ever, _order(draw=draw, weights=first)),
+    ]
+
+
+def _named(state: dict[str, NDArray], both: bool) -> dict[str, NDArray]:
+    """The weights of a half as they travel, or of both halves."""
+    return {f"{part}.{name}": array for part in ("online", "momentum")[: 1 + both] for name, array in state.items()}
+
+
+def _order(**parts: Message) -> ServerMessage:
+    return ServerMessage(order=Order(**parts))  # type: ignore[arg-type]
+
+
+def _framed(size: int) -> int:
+    """Bytes of a message across the socket, estimated."""
+    return size + math.ceil(size / PIECE) * (HTTP2 + TLS)
