@@ -108,6 +108,8 @@ def serve(
         encoder.to(device)
         own.train.to(device)
         cohort.begin(encoder.mean.cpu().numpy(), encoder.std.cpu().numpy())
+        if config.clients.frozen:
+            say(f"half:    SHA-256 {cohort.exchange.fingerprint()}")
         clients: Cohort = cohort
         if config.recalls:
             clients = RecallingCohort(cohort, config, cohort.images, encoder.latent_shape, device)

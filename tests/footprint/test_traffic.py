@@ -48,12 +48,16 @@ TINY = {
 RUNS = {
     "learning": {},
     "one half averaged": {"sync.momentum": False, "contrast.symmetric": False},
-    "both views": {"contrast.both_views": True, "sync.every": 0},
     "frozen": {"clients.frozen": True, "model.bottleneck": "C4S2"},
-    "int8": {"traffic.latents": "int8", "traffic.gradients": "int4"},
-    "bf16 and topk": {"traffic.latents": "bf16", "traffic.gradients": "topk", "model.cut": 3},
+    "codecs": {"traffic.latents": "int4", "traffic.gradients": "topk", "model.cut": 3},
     "pools": {"clients.number": 4, "clients.pool": 2, "clients.round": 3, "sync.every": 2, "sync.momentum": False},
-    "rich": {"clients.rich_share": 0.5, "clients.rich_batch_factor": 2, "train.checkpoint_every": 3},
+    "rich, both views": {
+        "clients.rich_share": 0.5,
+        "clients.rich_batch_factor": 2,
+        "contrast.both_views": True,
+        "sync.every": 0,
+        "train.checkpoint_every": 3,
+    },
     "cache": {"clients.frozen": True, "cache.views": 2, "cache.refresh": 0.4, "train.epochs": 2, "clients.batch": 50},
 }
 

@@ -27,6 +27,7 @@ class FakeWorker:
     """
 
     capabilities: tuple[str, ...] = ("learn", "forward")
+    description: Mapping[str, Any] = {}
 
     def __init__(
         self, shape: tuple[int, ...] = (1, 2, *SHAPE), names: Mapping[str, tuple] = SPECIFICATION, images: int = 10

@@ -45,6 +45,7 @@ from mocosfl_device.wire import (
     Violation,
     channel_options,
     describe,
+    fingerprint,
     from_server,
     goodbye,
     pack_weights,
@@ -70,6 +71,9 @@ class Worker(Protocol):
     """That the client holds."""
     capabilities: tuple[str, ...]
     """``learn``, ``forward``."""
+    description: Mapping[str, Any]
+    """The half's layers, the augmentation before them and the defence after them, as they are computed; from
+    ``prepare`` on."""
 
     def prepare(self, welcome: Welcome) -> tuple[int, list[int], list[int]]:
         """Decode the images and build the half. Returns the number of images, and each channel's sum and sum of
@@ -255,6 +259,8 @@ class _Talk:
         self._listening: asyncio.Task[None] | None = None
         self._inbox: asyncio.Queue[bytes | Exception] = asyncio.Queue(INBOX)
         self._latents, self._gradients = Coder(), Coder()
+        self._frozen = False
+        self._handed = False  # whether the server has handed out weights
         self.sockets: list[socket.socket] = []  # held: the server may close them before they are counted
 
     async def hold(self) -> None:
@@ -306,6 +312,9 @@ class _Talk:
         await self._say(ClientMessage(join=join))
         welcome = (await self._next("welcome")).welcome
         self._latents, self._gradients = coders(welcome.settings)
+        self._frozen = welcome.frozen
+        if settings.half is not None and not self._frozen:
+            raise RunError(f"half={settings.half[:8]}...: the half of this run learns, so it is none that you can know")
         self._beating = asyncio.create_task(self._beat(welcome.heartbeat))
         images, sums, squares = await asyncio.to_thread(self.worker.prepare, welcome)
         await self._say(ClientMessage(ready=Ready(images=images, sums=sums, squares=squares)))
@@ -314,6 +323,8 @@ class _Talk:
 
     async def _obey(self, order: Order) -> None:
         traffic = self.client.traffic
+        if self._frozen and (order.HasField("gradients") or order.HasField("collect")):
+            raise Violation("an order to learn, and the half is frozen")
         if order.HasField("gradients"):
             step = order.gradients.step
             if self._drawn is None or step != self._drawn[0]:  # no gradient is ever applied twice
@@ -332,8 +343,13 @@ class _Talk:
             specification = self.worker.specification(frozenset(order.weights.tensors))
             tensors = unpack_weights(order.weights, specification)
             traffic.tensors_received += sum(array.nbytes for array in tensors.values())
+            if self._frozen:
+                self._check_half(tensors)
             await asyncio.to_thread(self.worker.take, tensors, order.weights.restart)
+            self._handed = True
         if order.HasField("draw"):
+            if self.client.settings.half is not None and not self._handed:
+                raise Violation("an order to draw before there is a half")
             step = order.draw.step
             query, key = await asyncio.to_thread(self.worker.draw, step, order.draw.first)
             self._drawn = (step, query.shape)
@@ -343,6 +359,17 @@ class _Talk:
             traffic.tensors_sent += len(latents.query.data) + len(latents.key.data)
             await self._say(ClientMessage(latents=latents))
             self.client.steps += 1
+
+    def _check_half(self, weights: Mapping[str, NDArray]) -> None:
+        """Accept a frozen half, if it is the one that was asked for.
+
+        Raises:
+            RunError: it is not.
+        """
+        found, wanted = fingerprint(self.worker.description, weights), self.client.settings.half
+        if wanted not in (None, found):
+            raise RunError(f"half={wanted}: the server hands out another frozen half, {found}")
+        self.client.say(f"frozen half, SHA-256 {found}" + ("" if wanted is None else ", as asked for"))
 
     async def _beat(self, seconds: float) -> None:
         """Signs of life while there is nothing else to say."""

@@ -39,6 +39,8 @@ class JoinSettings:
     """Join without TLS: whoever is on the way can read the token and the latents."""
     give_up: float | None = None
     """Seconds without a run after which the client ends. Unset: it tries for ever."""
+    half: str | None = None
+    """SHA-256 of a frozen client half, as the server prints it: no other one gets to see an image."""
 
     def __post_init__(self) -> None:
         try:
@@ -49,6 +51,8 @@ class JoinSettings:
             raise SettingError(f"client={self.client}: clients are numbered from 0")
         if self.give_up is not None and not self.give_up > 0:
             raise SettingError(f"give_up={self.give_up}: expected a number of seconds greater than 0")
+        if self.half is not None and not re.fullmatch("[0-9a-f]{64}", self.half):
+            raise SettingError(f"half={self.half}: expected a SHA-256, 64 digits 0 to 9 and a to f")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise SettingError(
                 f"tls_cert={self.tls_cert} and tls_key={self.tls_key}: a certificate needs its key, and a key its "

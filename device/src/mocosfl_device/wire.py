@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -198,6 +200,24 @@ def unpack_weights(message: Weights, specification: Specification) -> dict[str, 
         if not np.isfinite(arrays[name]).all():
             raise Violation(f"weights {name}: a number is not finite")
     return arrays
+
+
+def fingerprint(description: Mapping[str, Any], weights: Mapping[str, NDArray]) -> str:
+    """What the server gets to see of an image from a frozen half, as a SHA-256: who has checked one half can tell it
+    from every other.
+
+    Args:
+        description: ready for JSON: the half's layers, the augmentation before them, and the defence after them.
+        weights: by name, as the server hands them out, mean and std of the normalisation included.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    for name, array in sorted(weights.items()):
+        digest.update(json.dumps([name, str(array.dtype), array.shape]).encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def from_client(raw: bytes) -> ClientMessage:

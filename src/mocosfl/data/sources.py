@@ -131,8 +131,7 @@ def _find(settings: DataSettings, say: Callable[[str], None]) -> dict[str, Split
     path = Path(os.path.expanduser(source))
     if source and source not in HUBS and os.path.exists(path):
         return local_splits(path, settings, say)
-    hub = HUBS.get(source, source)
-    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", hub):
+    if (hub := hub_id(source)) is not None:
         return hub_splits(hub, CONFIGS.get(hub), settings)
     if re.search(r"[/\\]|^~|\.parquet$", source):
         raise DataError(f"data.source={source}: there is no such file or folder")
@@ -143,6 +142,14 @@ def _find(settings: DataSettings, say: Callable[[str], None]) -> dict[str, Split
         f"{', '.join(known)}, owner/name of a data set on the Hugging Face hub, a parquet file, and a folder of "
         "parquet files or of images"
     )
+
+
+def hub_id(source: str) -> str | None:
+    """Owner and name on the Hugging Face hub of a source that is neither a path nor built in; None for any other."""
+    if source not in HUBS and (source == "digits" or (source and os.path.exists(os.path.expanduser(source)))):
+        return None
+    hub = HUBS.get(source, source)
+    return hub if re.fullmatch(r"\w[\w.-]*/[\w.-]+", hub) else None
 
 
 def _digits() -> Undecoded:

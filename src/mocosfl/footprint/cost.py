@@ -74,6 +74,7 @@ class ServerCost:
         macs: multiply-adds for an image: forward, backward, momentum and contrast.
         macs_of_run: of the whole run.
         memory: peak bytes of tensors, at the concatenated batch.
+        kept: bytes of the latents that it keeps to use them again (``cache.views``, ``traffic.loss_threshold``).
         batch: images of a step.
     """
 
@@ -81,6 +82,7 @@ class ServerCost:
     macs: dict[str, float]
     macs_of_run: float
     memory: int
+    kept: int
     batch: int
 
 
@@ -225,6 +227,7 @@ def of_server(plan: Plan) -> ServerCost:
         macs=macs,
         macs_of_run=plan.steps * config.step_images * sum(macs.values()),
         memory=memory.of_server(plan),
+        kept=memory.of_kept_latents(plan),
         batch=config.step_images,
     )
 

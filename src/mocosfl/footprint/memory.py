@@ -26,6 +26,7 @@ from mocosfl.data.images import ImageSet
 from mocosfl.data.partition import Partition
 from mocosfl.data.sampler import ClientSampler
 from mocosfl.footprint.plan import Plan
+from mocosfl.latent_cache import LatentStore
 from mocosfl.models import build, build_head
 from mocosfl.models.description import describe
 from mocosfl.models.heads import WIDTHS
@@ -94,9 +95,20 @@ def of_client(plan: Plan, rich: bool = False) -> int:
 def of_server(plan: Plan) -> int:
     """Peak bytes of the tensors of the server's step: latents, both halves, gradients, SGD momentum, queue.
 
-    Latents that it keeps (``cache.views``) are not among them.
+    Latents that it keeps to use them again are not among them: ``of_kept_latents``.
     """
     return _peak(plan.config, *server_step(plan, META))
+
+
+def of_kept_latents(plan: Plan) -> int:
+    """Bytes of the latents that the server keeps (``cache.views``, ``traffic.loss_threshold``)."""
+    config = plan.config
+    if not config.recalls:
+        return 0
+    views = config.cache.views or 2
+    model = build(config.model, config.data.channels, plan.size, config.seed)
+    store = LatentStore(views, model.latent_shape, config.clients.number, config.traffic.latents, META)
+    return plan.images * store.latents.shape[1:].numel() * store.latents.element_size()
 
 
 def client_step(plan: Plan, rich: bool, device: torch.device) -> tuple[Callable[[], None], list[Tensor]]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mocosfl.config import Config
 from mocosfl.data.sampler import pool_of_round
-from mocosfl.data.sources import count_training_images
+from mocosfl.data.sources import count_training_images, hub_id
 from mocosfl.errors import SettingError
 from mocosfl.latent_cache import UploadFirst
 
@@ -57,6 +57,11 @@ class Plan:
         if size is None:
             raise SettingError(f"data.size is not set, and the size of the images of data.source={source} is not known")
         if images is None:
+            if known is None and (hub := hub_id(source)) is not None:
+                raise SettingError(
+                    f"images is not set, and how many {hub} has is not known before it is downloaded; known are those "
+                    f"of {', '.join(KNOWN)}, digits, and local files"
+                )
             if known is None:
                 known, labelled = count_training_images(config.data, config.seed)
             else:

@@ -108,15 +108,26 @@ def of_client(plan: Plan, rich: bool = False) -> Traffic:
 Counts = tuple[float, float, float, float]
 """Of a client: steps, collections of its half, averages handed out, and whether it takes part at all."""
 
+PLACES = 50
+"""Steps of a run, at most, whose messages are measured for all: numbers in them take more bytes as they grow."""
+
+
+def _places(plan: Plan, steps: float, batch: int) -> list[tuple[int, int]]:
+    """Numbers of steps spread evenly over those in which a client takes part, and of its first draw in each."""
+    count = max(1, round(steps))
+    own = np.unique(np.linspace(0, count - 1, min(count, PLACES)).round().astype(int))
+    return [(1 + int(k * plan.asked / count), int(k) * batch) for k in own]
+
 
 def _from_client(
     plan: Plan, counts: Counts, shape: tuple[int, ...], coder: Coder, state: dict[str, NDArray]
 ) -> list[tuple[float, Message]]:
-    """How often a client sends each message. Numbers in them are those of the middle of the run."""
+    """How often a client sends each message."""
     steps, collections, *_ = counts
     piece = coder.pack(np.zeros(shape, np.float32))
+    places = _places(plan, steps, shape[1])
     messages: list[tuple[float, Message]] = [
-        (steps, ClientMessage(latents=Latents(step=plan.steps // 2, query=piece, key=piece)))
+        (steps / len(places), ClientMessage(latents=Latents(step=step, query=piece, key=piece))) for step, _ in places
     ]
     if collections:
         weights = pack_weights(_named(state, plan.config.sync.momentum), plan.collections // 2)
@@ -129,20 +140,24 @@ def _from_server(
 ) -> list[tuple[float, Message]]:
     """The same of the server's."""
     steps, collections, intervals, ever = counts
-    frozen, middle = plan.config.clients.frozen, plan.steps // 2
-    draw = Draw(step=middle, first=round(steps / 2) * shape[1])
+    frozen, places = plan.config.clients.frozen, _places(plan, steps, shape[1])
+    draws = [Draw(step=step, first=first) for step, first in places]
     statistics = {name: np.zeros(plan.config.data.channels, np.float32) for name in ("mean", "std")}
-    first = pack_weights(_named(state, not frozen) | statistics)
+    first = _order(draw=draws[0], weights=pack_weights(_named(state, not frozen) | statistics, restart=True))
     if frozen:
-        return [(steps - ever, _order(draw=draw)), (ever, _order(draw=draw, weights=first))]
+        later = draws[1:] or draws
+        return [(ever, first), *(((steps - ever) / len(later), _order(draw=draw)) for draw in later)]
     average = pack_weights(_named(state, plan.config.sync.momentum) | statistics)
-    gradients = Gradients(step=middle, lr=1.0, query=coder.pack(np.zeros(shape, np.float32)))
+    query, middle = coder.pack(np.zeros(shape, np.float32)), draws[len(draws) // 2]
+    gradients = [Gradients(step=draw.step, lr=1.0, query=query) for draw in draws]
+    learning = [_order(gradients=gradient, draw=draw) for gradient, draw in zip(gradients, draws, strict=True)]
+    collect = Collect(number=max(1, plan.collections // 2))
     return [
-        (steps - collections, _order(gradients=gradients, draw=draw)),
-        (collections, _order(gradients=gradients, collect=Collect(number=max(1, plan.collections // 2)))),
-        (collections - intervals, _order(draw=draw)),
-        (intervals - ever, _order(draw=draw, weights=average)),
-        (ever, _order(draw=draw, weights=first)),
+        *(((steps - collections) / len(learning), order) for order in learning),
+        (collections, _order(gradients=gradients[len(draws) // 2], collect=collect)),
+        (collections - intervals, _order(draw=middle)),
+        (intervals - ever, _order(draw=middle, weights=average)),
+        (ever, first),
     ]
 
 

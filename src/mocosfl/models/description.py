@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from mocosfl.config import Config
 from mocosfl.models.layers import ResidualBlock, WSConv2d
 
 Description = list[dict[str, Any]]
@@ -53,6 +54,20 @@ def describe(network: nn.Module, name: str = "") -> Description:
         case nn.Identity():
             return []
     raise TypeError(f"{name or 'the network'}: {type(network).__name__} cannot be computed without PyTorch")
+
+
+def described(network: nn.Module) -> Description:
+    """``describe``'s result, or one layer of a kind that only PyTorch computes."""
+    try:
+        return describe(network)
+    except TypeError:
+        return [{"kind": "torch", "network": repr(network)}]
+
+
+def shown(layers: Description, config: Config) -> dict[str, Any]:
+    """All that decides what the server sees of an image, beside the weights (``mocosfl_device.wire.fingerprint``)."""
+    settings = {name: getattr(config, name).model_dump(mode="json") for name in ("augment", "defence")}
+    return {"layers": layers} | settings
 
 
 def _is_square(conv: nn.Conv2d) -> bool:

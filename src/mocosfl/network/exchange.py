@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mocosfl.config import Config
+from mocosfl.models.description import described, shown
 from mocosfl.network.service import Events, Gradient, Service, Session
 from mocosfl.network.settings import ServeSettings
 from mocosfl.sync import averaging
@@ -36,6 +37,7 @@ from mocosfl_device.wire import (
     Refused,
     Specification,
     Violation,
+    fingerprint,
     pack_weights,
     unpack_latents,
     unpack_weights,
@@ -93,6 +95,7 @@ class Exchange:
 
     Attributes:
         service: the door.
+        layers: the half's description.
         pool: (P,) int64, active clients, ascending.
         sizes, starts: (P,) int64, images of each, and the row of the batch where they begin.
         step: the one under way or just done.
@@ -118,6 +121,7 @@ class Exchange:
         self.shape, self.channels, self.size = shape, channels, size
         self.frozen = config.clients.frozen
         self.views = 2 if config.contrast.both_views else 1
+        self.layers = described(half)
         self.initial = {name: t.detach().cpu().clone() for name, t in half.state_dict().items()}
         self.online = {name: t.clone() for name, t in self.initial.items()}
         self.momentum = {name: t.clone() for name, t in self.initial.items()}
@@ -353,6 +357,11 @@ class Exchange:
             message = self._packed[restart, momentum] = pack_weights(tensors, restart=restart)
         return message
 
+    def fingerprint(self) -> str:
+        """Of the half that frozen clients are handed."""
+        tensors = {f"online.{name}": t.numpy() for name, t in self.online.items()}
+        return fingerprint(shown(self.layers, self.config), tensors | {"mean": self.mean, "std": self.std})
+
     def _order(
         self,
         session: Session,
@@ -473,6 +482,8 @@ class Exchange:
             "traffic": traffic.model_dump(mode="json") | {"zstd": traffic.zstd and "zstd" in capabilities},
             "defence": config.defence.model_dump(mode="json"),
             "train": config.train.model_dump(mode="json", include={"momentum", "weight_decay", "precision"}),
+            "half": {"layers": self.layers, "shapes": {name: list(t.shape) for name, t in self.initial.items()}},
+            "recalls": config.recalls,
         }
         return Welcome(client=client, settings=json.dumps(told), heartbeat=self.settings.heartbeat, frozen=self.frozen)
 

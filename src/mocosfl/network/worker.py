@@ -20,6 +20,7 @@ from mocosfl.data.sources import count_images, load_unlabelled
 from mocosfl.distributed import World
 from mocosfl.errors import RunError
 from mocosfl.models import build
+from mocosfl.models.description import described, shown
 from mocosfl.privacy.defences import defence_of
 from mocosfl_device.protocol_pb2 import Welcome
 from mocosfl_device.wire import Violation
@@ -42,6 +43,7 @@ class TorchWorker:
     def __init__(self, source: str, device: torch.device, say: Callable[[str], None]) -> None:
         self.source, self.device, self.say = source, device, say
         self.images = count_images(source, say)
+        self.description: Mapping[str, Any] = {}
         self._key: tuple[int, str] | None = None
 
     def prepare(self, welcome: Welcome) -> tuple[int, list[int], list[int]]:
@@ -70,6 +72,8 @@ class TorchWorker:
             told["clients"] |= {"number": welcome.client + 1, "pool": 1}
             told["sync"] |= {"every": 0}
             told["traffic"] = {}  # whoever sends the latents encodes them
+            for name in ("half", "recalls"):
+                told.pop(name, None)
             return Config(**told)
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"the server's settings are not understood: {error}") from error
@@ -78,6 +82,7 @@ class TorchWorker:
         config, images = self.config, self.pixels
         size, channels = images.shape[-1], images.shape[0]
         model = build(config.model, channels, size, config.seed)
+        self.description = shown(described(model.client), config)
         held = Partition(np.arange(len(images)), np.append(np.zeros(client + 1, np.int64), len(images)))
         defence = defence_of(config, model.latent_shape, images.shape, self.device, World())
         kind = FrozenCohort if config.clients.frozen else LocalCohort

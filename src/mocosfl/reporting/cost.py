@@ -38,6 +38,8 @@ def server_table(cost: ServerCost) -> Table:
         table.add_row(f"multiply-adds an image, {name}", amount(macs))
     table.add_row("multiply-adds of the run", amount(cost.macs_of_run))
     table.add_row(f"peak memory at {cost.batch:,} images", size(cost.memory))
+    if cost.kept:
+        table.add_row("latents kept", size(cost.kept))
     return table
 
 
