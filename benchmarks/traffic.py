@@ -29,7 +29,7 @@ from mocosfl.recipes import recipe
 from mocosfl.run import Run
 from mocosfl_device.wire import Coder
 
-BASE = {"data.images": 5300, "data.held_out": 300 / 5300, "train.epochs": 32, "evaluation.every": 8, "model.cut": 3}
+BASE = {"data.images": 5300, "data.held_out": 300 / 5300, "train.epochs": 24, "evaluation.every": 8, "model.cut": 3}
 """50 images a client, as in the paper's device setting."""
 CODECS = ("fp32", "bf16", "int8", "int4", "topk")
 VIEWS = (2, 4, 8, 16, 32)

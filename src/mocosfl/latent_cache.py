@@ -21,10 +21,9 @@ from torch import Tensor
 from mocosfl.clients import Cohort, Latents
 from mocosfl.config import CacheSettings, Config
 from mocosfl.data.images import upload
-from mocosfl.data.sampler import items
 from mocosfl.errors import SettingError
 from mocosfl.trainer import Callback, Trainer
-from mocosfl_device.randomness import REPLAY, bits, uniform
+from mocosfl_device.randomness import REPLAY, bits, items, uniform
 
 _ITEM, _VIEW, _FLIP, _ROW, _COLUMN, _NOISE = range(6)
 """Second counter of each use of ``REPLAY``."""

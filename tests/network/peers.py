@@ -161,9 +161,8 @@ class Commands:
     def join(self, port: int, data: Path, *args: object, **more: Any) -> Command:
         return self("join", f"127.0.0.1:{port}", "--data", data, *args, **more)
 
-    def crew(self, port: int, data: Path, clients: range, *more: list) -> Command:
+    def crew(self, *runs: list) -> Command:
         """Several real clients in one process: PyTorch is imported once."""
-        runs = [[port, str(data), clients.start, clients.stop], *more]
         return self(*map(json.dumps, runs), script=Path(__file__).parent / "crew.py")
 
     def fakes(self, port: int, *numbers: int) -> Command:

@@ -69,29 +69,38 @@ RUNS = {
     "frozen-int4": {"clients.frozen": True, "traffic.latents": "int4"},
     "frozen-cache": {"clients.frozen": True, "clients.batch": 32, "cache.views": 4, "train.epochs": 2.6},
     "rest": {"clients.batch": 32, "traffic.loss_threshold": 99.0, "train.epochs": 3.8},
+    "numpy": {"model.bottleneck": "C4S2"},
+    "numpy-cut3-pooled": POOLED | {"model.cut": 3, "sync.momentum": False},
+    "numpy-both-views": {"contrast.both_views": True},
+    "numpy-frozen": {"clients.frozen": True},
+    "numpy-frozen-cache": {"clients.frozen": True, "clients.batch": 32, "cache.views": 4, "train.epochs": 2.6},
 }
+"""By name; those of numpy with clients that need no PyTorch."""
 
 
 @pytest.fixture(scope="module")
 def networked(data: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple]]:
-    """All runs over the network, in one server process and one process of clients, and their simulation."""
+    """All runs over the network, in two server processes and two processes of clients, and their simulation."""
     folder = tmp_path_factory.mktemp("networked")
     mocosfl.train(digits(**{"train.epochs": 0.05}), folder / "half")
-    done, served, joined = {}, [], []
+    done: dict[str, tuple] = {}
+    served: dict[str, list] = {"torch": [], "numpy": []}
+    joined: dict[str, list] = {"torch": [], "numpy": []}
     for name, changes in RUNS.items():
-        start = {"clients.init": str(folder / "half")} if name.startswith("frozen") else {}
+        start = {"clients.init": str(folder / "half")} if "frozen" in name else {}
         config, port = digits(**CALM | changes | start), free_port()
         (folder / f"{name}.yaml").write_text(config.to_yaml())
-        served.append([str(folder / f"{name}.yaml"), str(folder / name), port])
+        kind = "numpy" if name.startswith("numpy") else "torch"
+        served[kind].append([str(folder / f"{name}.yaml"), str(folder / name), port])
         number = config.clients.number
-        joined.append([port, str(data(**{"clients.number": number})), 0, number])
+        joined[kind].append([port, str(data(**{"clients.number": number})), 0, number, kind])
         done[name] = folder / name, folder / f"{name}-simulated", config
     commands = Commands(folder)
-    server, crew = commands.hall(*served), commands.crew(*joined[0][:2], range(*joined[0][2:]), *joined[1:])
+    started = [commands.hall(*runs) for runs in served.values()] + [commands.crew(*runs) for runs in joined.values()]
     for _, simulated, config in done.values():
         mocosfl.train(config, simulated)
-    server.ends_well()
-    crew.ends_well()
+    for command in started:
+        command.ends_well()
     yield done
     commands.stop()
 

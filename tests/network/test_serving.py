@@ -109,7 +109,7 @@ def test_figures_of_a_run(start: Commands, data: Callable[..., Path], tmp_path: 
 def test_a_server_evaluates_on_images_of_its_own(start: Commands, data: Callable[..., Path], tmp_path: Path) -> None:
     config = digits(**{"train.epochs": 0.1, "evaluation.k": 10})
     server = start.serve(config, "--evaluate-on", "digits")
-    start.crew(server.port(), data(), range(3)).ends_well()
+    start.crew([server.port(), str(data()), 0, 3]).ends_well()
     server.ends_well()
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["knn"] > 50

@@ -12,6 +12,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,13 +68,15 @@ LOST = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
 class Worker(Protocol):
     """What a client computes. All methods may take long; they are called one at a time, in a thread."""
 
-    images: int
-    """That the client holds."""
     capabilities: tuple[str, ...]
     """``learn``, ``forward``."""
     description: Mapping[str, Any]
     """The half's layers, the augmentation before them and the defence after them, as they are computed; from
     ``prepare`` on."""
+
+    @property
+    def images(self) -> int:
+        """That the client holds."""
 
     def prepare(self, welcome: Welcome) -> tuple[int, list[int], list[int]]:
         """Decode the images and build the half. Returns the number of images, and each channel's sum and sum of
@@ -141,6 +144,8 @@ class Client:
         """
 
         async def main() -> None:
+            # One thread for the worker: each would have memory of its own.
+            asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
             task = asyncio.ensure_future(self.take_part())
             for number in (signal.SIGINT, signal.SIGTERM):
                 with suppress(NotImplementedError, ValueError, RuntimeError):  # Windows; not the main thread

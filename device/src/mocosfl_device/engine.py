@@ -128,16 +128,22 @@ class GroupNorm:
         y *= scale
         self._kept = (y, scale) if learns else None
         weight, bias = (weights[f"{self.name}.{part}"][:, None, None] for part in ("weight", "bias"))
-        return y.reshape(x.shape) * weight + bias
+        out: Array = y.reshape(x.shape) * weight
+        out += bias
+        return out
 
     def backward(self, gradient: Array, weights: Mapping[str, Array], into: Mapping[str, Array], wanted: bool) -> Array:
         assert self._kept is not None
         (y, scale), self._kept = self._kept, None
         into[f"{self.name}.bias"][...] += gradient.sum(axis=(0, 2, 3))
-        into[f"{self.name}.weight"][...] += (gradient * y.reshape(gradient.shape)).sum(axis=(0, 2, 3))
-        g = (gradient * weights[f"{self.name}.weight"][:, None, None]).reshape(y.shape)
-        g = g - g.mean(axis=2, keepdims=True) - y * (g * y).mean(axis=2, keepdims=True)
-        return (g * scale).reshape(gradient.shape)
+        into[f"{self.name}.weight"][...] += np.einsum("nchw,nchw->c", gradient, y.reshape(gradient.shape))
+        g: Array = (gradient * weights[f"{self.name}.weight"][:, None, None]).reshape(y.shape)
+        along = np.einsum("ngk,ngk->ng", g, y)[:, :, None] / np.float32(y.shape[2])
+        g -= g.mean(axis=2, keepdims=True)
+        y *= along  # in place, as nothing else needs it
+        g -= y
+        g *= scale
+        return g.reshape(gradient.shape)
 
 
 class ReLU:

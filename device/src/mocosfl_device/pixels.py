@@ -26,8 +26,17 @@ FORMATS = {
 EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
 
 
-def opened(encoded: Encoded) -> Image.Image:
+REDUCED = 4
+"""A JPEG is decoded at a half, quarter or eighth of its size where that is still so many times the size asked for."""
+
+
+def opened(encoded: Encoded, size: int | None = None) -> Image.Image:
     """An image, the right way up.
+
+    Args:
+        encoded: the image.
+        size: height and width in pixels that it will be brought to. Large photographs are then decoded at a fraction of
+            their own size: that of a 12-megapixel camera takes half a megabyte instead of 36.
 
     Raises:
         Exception: of nearly any kind, SyntaxError included, for a damaged one: Pillow's.
@@ -37,6 +46,8 @@ def opened(encoded: Encoded) -> Image.Image:
     if isinstance(encoded, np.ndarray):
         return Image.fromarray(encoded)
     with Image.open(BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=[*FORMATS]) as image:
+        if size is not None:
+            image.draft(None, (REDUCED * size, REDUCED * size))  # does nothing but to JPEGs
         return ImageOps.exif_transpose(image)
 
 

@@ -97,3 +97,21 @@ def permuted(position: ArrayLike, size: ArrayLike, *counters: ArrayLike) -> NDAr
             swap = mix((base + np.uint64(2 * turn + 2) * _GOLDEN) ^ (larger * _M1)) >> np.uint64(63)
             x = np.where(swap.astype(bool), partner, x)
     return x.astype(np.int64)
+
+
+def items(
+    seed: int, client: NDArray[np.int64], draws: NDArray[np.int64], images: NDArray[np.int64], use: int = ORDER
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which images draws fall on.
+
+    Args:
+        seed: the run's.
+        client, draws, images: (n,) int64: whose draw it is, its number, and how many images that client has.
+        use: first counter of the order.
+
+    Returns:
+        Each draw's image, from 0 among its client's, and how often its client had gone through all of them before, (n,)
+        int64 each.
+    """
+    epoch, position = np.divmod(draws, images)
+    return permuted(position, images, seed, use, client, epoch), epoch

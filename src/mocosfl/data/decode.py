@@ -79,7 +79,7 @@ def decode(
     def work(item: Item) -> tuple[NDArray[np.uint8], list[str]] | DataError:
         try:
             with _blamed_on(item):
-                return converted(opened(item[1]), size, channels)
+                return converted(opened(item[1], size), size, channels)
         except DataError as error:
             return error
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mocosfl.data.partition import Partition
-from mocosfl_device.randomness import ORDER, POOL, bits, permuted
+from mocosfl_device.randomness import POOL, bits, items
 
 
 def pool_of_round(
@@ -70,21 +70,3 @@ class ClientSampler:
         start, stop = self.partition.offsets[client], self.partition.offsets[client + 1]
         item, _ = items(self.seed, client, draws, stop - start)
         return self.partition.rows[start + item], draws
-
-
-def items(
-    seed: int, client: NDArray[np.int64], draws: NDArray[np.int64], images: NDArray[np.int64], use: int = ORDER
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which images draws fall on.
-
-    Args:
-        seed: the run's.
-        client, draws, images: (n,) int64: whose draw it is, its number, and how many images that client has.
-        use: first counter of the order.
-
-    Returns:
-        Each draw's image, from 0 among its client's, and how often its client had gone through all of them before, (n,)
-        int64 each.
-    """
-    epoch, position = np.divmod(draws, images)
-    return permuted(position, images, seed, use, client, epoch), epoch

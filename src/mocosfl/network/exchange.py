@@ -484,6 +484,7 @@ class Exchange:
             "train": config.train.model_dump(mode="json", include={"momentum", "weight_decay", "precision"}),
             "half": {"layers": self.layers, "shapes": {name: list(t.shape) for name, t in self.initial.items()}},
             "recalls": config.recalls,
+            "images": int(self.images[client]) if config.recalls else 0,
         }
         return Welcome(client=client, settings=json.dumps(told), heartbeat=self.settings.heartbeat, frozen=self.frozen)
 

@@ -72,7 +72,7 @@ class TorchWorker:
             told["clients"] |= {"number": welcome.client + 1, "pool": 1}
             told["sync"] |= {"every": 0}
             told["traffic"] = {}  # whoever sends the latents encodes them
-            for name in ("half", "recalls"):
+            for name in ("half", "recalls", "images"):
                 told.pop(name, None)
             return Config(**told)
         except (ValueError, KeyError, TypeError) as error:
