@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from mocosfl_device import __version__
@@ -106,6 +107,10 @@ def _report(client: Client, worker: NumpyWorker, seconds: float) -> None:
 
 def peak_memory() -> int:
     """Most bytes of memory that this process has had in use (resident) so far."""
+    with suppress(OSError):  # Linux; getrusage there counts whoever started this process too
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 

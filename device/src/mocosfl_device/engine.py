@@ -23,6 +23,10 @@ SLICE = 8
 """Channels that ``Sliced`` computes at a time, or one group of the norm if that is larger."""
 
 
+STRIP = 16_384
+"""Numbers of the rows of an image that a convolution with stride 1 reads at a time."""
+
+
 class Layer(Protocol):
     """A piece of a network. ``backward`` belongs to the ``forward`` before it, and may be called once."""
 
@@ -37,7 +41,8 @@ class Convolution:
     """A convolution with zeros around the image, its filters standardised on request.
 
     It is the sum over the kernel's places of a matrix product each: unfolding the image would take as many times its
-    memory as the kernel has places.
+    memory as the kernel has places. With stride 1 it takes a strip of rows at a time, with the zeros around it: then
+    what a place of the kernel reads is one piece of memory for all rows, and nothing is copied for a place.
 
     Args:
         name: of the weight, and with ``bias`` of the bias, in the weights.
@@ -73,17 +78,47 @@ class Convolution:
                 )
                 yield i, j, (out_i, out_j), (in_i, in_j)
 
+    def _strips(self, channels: int, height: int, width: int) -> Iterator[tuple[int, int]]:
+        """First row and number of rows of each strip of the outputs, at stride 1."""
+        outputs = _outputs(height, self.kernel, 1, self.padding)
+        rows = max(1, STRIP // (channels * (width + 2 * self.padding)))
+        for top in range(0, outputs, rows):
+            yield top, min(rows, outputs - top)
+
+    def _strip(self, image: Array, top: int, rows: int) -> Array:
+        """What the outputs of a strip read, with zeros around it: (C, numbers), row after row, and some zeros more."""
+        channels, height, width = image.shape
+        wide, high = width + 2 * self.padding, rows + self.kernel - 1
+        strip = np.zeros((channels, high * wide + self.kernel - 1), np.float32)
+        first, last = max(0, top - self.padding), min(height, top - self.padding + high)
+        within = strip[:, : high * wide].reshape(channels, high, wide)
+        start = first - (top - self.padding)
+        within[:, start : start + last - first, self.padding : self.padding + width] = image[:, first:last]
+        return strip
+
     def forward(self, x: Array, weights: Mapping[str, Array], learns: bool) -> Array:
         filters, _ = self._filters(weights)
-        n, _, height, width = x.shape
+        n, channels, height, width = x.shape
         size = [_outputs(side, self.kernel, self.stride, self.padding) for side in (height, width)]
         y = np.zeros((n, len(filters), *size), np.float32)
+        if self.stride == 1:
+            wide = width + 2 * self.padding
+            taps = np.ascontiguousarray(filters.transpose(2, 3, 0, 1))  # (k, k, O, C)
+            for image, out in zip(x, y, strict=True):
+                for top, rows in self._strips(channels, height, width):
+                    strip, length = self._strip(image, top, rows), rows * wide
+                    # Of every row the last outputs read beyond its end, and are dropped.
+                    total = taps[0, 0] @ strip[:, :length]
+                    for i, j in list(np.ndindex(*taps.shape[:2]))[1:]:
+                        total += taps[i, j] @ strip[:, i * wide + j :][:, :length]
+                    out[:, top : top + rows] = total.reshape(-1, rows, wide)[:, :, : size[1]]
+        else:
+            for i, j, (a, b), (c, d) in self._places(height, width):
+                piece = x[:, :, c, d]
+                product = filters[:, :, i, j] @ piece.reshape(*piece.shape[:2], -1)
+                y[:, :, a, b] += product.reshape(n, -1, *piece.shape[2:])
         if self.bias:
             y += weights[f"{self.name}.bias"][:, None, None]
-        for i, j, (a, b), (c, d) in self._places(height, width):
-            piece = x[:, :, c, d]
-            product = filters[:, :, i, j] @ piece.reshape(*piece.shape[:2], -1)
-            y[:, :, a, b] += product.reshape(n, -1, *piece.shape[2:])
         self._x = x if learns else None
         return y
 
@@ -91,21 +126,46 @@ class Convolution:
         assert self._x is not None
         x, self._x = self._x, None
         filters, scale = self._filters(weights)
-        of_filters, of_x = np.zeros_like(filters), np.zeros_like(x if wanted else x[:0])
         if self.bias:
             into[f"{self.name}.bias"][...] += gradient.sum(axis=(0, 2, 3))
-        for i, j, (a, b), (c, d) in self._places(*x.shape[2:]):
-            piece, g = x[:, :, c, d], gradient[:, :, a, b]
-            flat, g_flat = piece.reshape(*piece.shape[:2], -1), g.reshape(*g.shape[:2], -1)
-            of_filters[:, :, i, j] = (g_flat @ flat.transpose(0, 2, 1)).sum(axis=0)
-            if wanted:
-                of_x[:, :, c, d] += (filters[:, :, i, j].T @ g_flat).reshape(piece.shape)
+        if self.stride == 1:
+            of_filters, of_x = self._back(x, gradient, filters, wanted)
+        else:
+            of_filters, of_x = np.zeros_like(filters), np.zeros_like(x if wanted else x[:0])
+            for i, j, (a, b), (c, d) in self._places(*x.shape[2:]):
+                piece, g = x[:, :, c, d], gradient[:, :, a, b]
+                flat, g_flat = piece.reshape(*piece.shape[:2], -1), g.reshape(*g.shape[:2], -1)
+                of_filters[:, :, i, j] = (g_flat @ flat.transpose(0, 2, 1)).sum(axis=0)
+                if wanted:
+                    of_x[:, :, c, d] += (filters[:, :, i, j].T @ g_flat).reshape(piece.shape)
         if scale is not None:  # through the standardisation
             count = filters[0].size
             along = (of_filters * filters).sum(axis=(1, 2, 3), keepdims=True) / (count - 1)
             of_filters = (of_filters - of_filters.mean(axis=(1, 2, 3), keepdims=True) - filters * along) * scale
         into[f"{self.name}.weight"][...] += of_filters
         return of_x
+
+    def _back(self, x: Array, gradient: Array, filters: Array, wanted: bool) -> tuple[Array, Array]:
+        """The way back at stride 1: gradients of the filters, and of the input if that is ``wanted``."""
+        n, channels, height, width = x.shape
+        wide, high = width + 2 * self.padding, height + 2 * self.padding
+        taps = np.ascontiguousarray(filters.transpose(2, 3, 1, 0))  # (k, k, C, O)
+        of_taps = np.zeros(taps.shape, np.float32)
+        around = np.zeros((n if wanted else 0, channels, high * wide + self.kernel - 1), np.float32)
+        for number, image in enumerate(x):
+            for top, rows in self._strips(channels, height, width):
+                strip, length = self._strip(image, top, rows), rows * wide
+                g = np.zeros((gradient.shape[1], rows, wide), np.float32)
+                g[:, :, : gradient.shape[3]] = gradient[number, :, top : top + rows]
+                g = g.reshape(-1, length)
+                for i, j in np.ndindex(*taps.shape[:2]):
+                    at = i * wide + j
+                    of_taps[i, j] += strip[:, at : at + length] @ g.T
+                    if wanted:
+                        around[number, :, top * wide + at :][:, :length] += taps[i, j] @ g
+        inside = around[:, :, : high * wide].reshape(-1, channels, high, wide)
+        rows_, columns = (slice(self.padding, self.padding + side) for side in (height, width))
+        return of_taps.transpose(3, 2, 0, 1), inside[:, :, rows_, columns]
 
 
 class GroupNorm:
@@ -115,20 +175,23 @@ class GroupNorm:
         name: of weight and bias in the weights.
         channels: of a group.
         eps: added to the variance.
+        in_place: whether what comes in may be written over.
     """
 
-    def __init__(self, name: str, channels: int, eps: float) -> None:
-        self.name, self.channels, self.eps = name, channels, eps
+    def __init__(self, name: str, channels: int, eps: float, in_place: bool = False) -> None:
+        self.name, self.channels, self.eps, self.in_place = name, channels, eps, in_place
         self._kept: tuple[Array, Array] | None = None
 
     def forward(self, x: Array, weights: Mapping[str, Array], learns: bool) -> Array:
         groups = x.reshape(len(x), -1, self.channels * x.shape[2] * x.shape[3])
-        y = groups - groups.mean(axis=2, keepdims=True)
-        scale = 1 / np.sqrt(np.square(y).mean(axis=2, keepdims=True) + np.float32(self.eps))
+        y = np.subtract(groups, groups.mean(axis=2, keepdims=True), out=groups if self.in_place else None)
+        squares = np.einsum("ngk,ngk->ng", y, y)[:, :, None] / np.float32(y.shape[2])
+        scale = 1 / np.sqrt(squares + np.float32(self.eps))
         y *= scale
         self._kept = (y, scale) if learns else None
         weight, bias = (weights[f"{self.name}.{part}"][:, None, None] for part in ("weight", "bias"))
-        out: Array = y.reshape(x.shape) * weight
+        normed = y.reshape(x.shape)
+        out: Array = np.multiply(normed, weight, out=None if learns else normed)
         out += bias
         return out
 
@@ -279,7 +342,7 @@ def built(description: Sequence[Mapping[str, Any]]) -> Chain:
         if kind == "conv":
             layers.append(Convolution(**facts))
         elif kind == "group_norm":
-            layers.append(GroupNorm(**facts))
+            layers.append(GroupNorm(**facts, in_place=bool(layers) and isinstance(layers[-1], Convolution)))
         elif kind == "relu":
             layers.append(ReLU())
         elif kind == "residual":
