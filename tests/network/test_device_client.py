@@ -14,6 +14,8 @@ from peers import Commands, digits, eventually, last_figures, lines
 from PIL import Image
 
 import mocosfl
+from mocosfl.footprint.memory import of_client_in_numpy
+from mocosfl.footprint.plan import Plan
 from mocosfl_device.cli import main
 
 START = """
@@ -90,9 +92,10 @@ def test_a_client_that_learns_fits_a_small_device(
         imported = set(re.search(r"imported (.*)", said)[1].split())
         assert {"numpy", "PIL", "grpc", "mocosfl_device"} <= imported
         assert not imported & {"torch", "pandas", "datasets", "pyarrow", "sklearn", "mocosfl"}
-        assert figure(said, r"([\d.]+) MB the whole process") <= 64
+        assert figure(said, r"([\d.]+) MiB the whole process") <= 64
         tensors = figure(said, r"([\d.]+) MB of tensors in a step")
         assert 0.1 < tensors <= (0.5 if cut == 1 else 4.5)
+        assert tensors * 1e6 == pytest.approx(of_client_in_numpy(Plan.of(config, images=40)), rel=0.1)
         assert figure(said, r"([\d.]+) s of CPU") > 0
         sent = 12 * 2 * 4 * 1024
         halves = figure(said, r"tensors alone are ([\d.]+) and") * 1e6 - sent

@@ -98,7 +98,7 @@ def _report(client: Client, worker: NumpyWorker, seconds: float) -> None:
     _say(f"{client.steps:,} steps, {images:,} images in {seconds:,.1f} s; {cpu:,.1f} s of CPU{each}")
     peak, tensors = peak_memory(), worker.measure()
     of_tensors = f"{tensors / 1e6:.3f} MB of tensors in a step, " if tensors else ""
-    _say(f"memory: {of_tensors}{peak / 1e6:.1f} MB the whole process")
+    _say(f"memory: {of_tensors}{peak / 2**20:.1f} MiB the whole process")
     _say(
         f"traffic: {traffic.sent / 1e6:,.3f} MB sent and {traffic.received / 1e6:,.3f} MB received across the socket; "
         f"tensors alone are {traffic.tensors_sent / 1e6:,.3f} and {traffic.tensors_received / 1e6:,.3f} MB"

@@ -6,15 +6,16 @@ The interpreter, PyTorch itself (more than 200 MB) and the working memory inside
 from __future__ import annotations
 
 import contextlib
-import tracemalloc
+import json
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,13 +26,17 @@ from mocosfl.config import CacheSettings, Config, TrafficSettings
 from mocosfl.data.images import ImageSet
 from mocosfl.data.partition import Partition
 from mocosfl.data.sampler import ClientSampler
+from mocosfl.errors import RunError
+from mocosfl.footprint import arithmetic
 from mocosfl.footprint.plan import Plan
 from mocosfl.latent_cache import LatentStore
 from mocosfl.models import build, build_head
-from mocosfl.models.description import describe
+from mocosfl.models.description import described
 from mocosfl.models.heads import WIDTHS
+from mocosfl.network.settings import client_settings
 from mocosfl.server import Server
-from mocosfl_device.engine import Weights, built
+from mocosfl_device.protocol_pb2 import Welcome
+from mocosfl_device.worker import NumpyWorker
 
 META = torch.device("meta")
 
@@ -154,7 +159,7 @@ def server_step(plan: Plan, device: torch.device) -> tuple[Callable[[], None], l
 
 
 def of_client_in_numpy(plan: Plan, rich: bool = False, most: float = 1e10) -> int | None:
-    """Peak bytes of the arrays of a client without PyTorch: a real step of ``mocosfl_device.engine``.
+    """Peak bytes of the arrays of a client without PyTorch: as ``mocosfl-client`` measures them, of a step made here.
 
     Args:
         plan: the run.
@@ -162,55 +167,49 @@ def of_client_in_numpy(plan: Plan, rich: bool = False, most: float = 1e10) -> in
         most: multiply-adds that are worth the time.
 
     Returns:
-        None if the half cannot be computed by the engine, or takes more than ``most``.
+        None if such a client cannot take part, or a step takes more than ``most``.
     """
-    from mocosfl.footprint import arithmetic
-
-    config = plan.config
-    model = build(config.model, config.data.channels, plan.size, config.seed)
-    try:
-        description = describe(model.client)
-    except TypeError:
+    config, channels, batch = plan.config, plan.config.data.channels, plan.batch(rich)
+    if batch * sum(arithmetic.of_client(plan).values()) > most:
         return None
-    if plan.batch(rich) * sum(arithmetic.of_client(plan).values()) > most:
-        return None
-    shape = (plan.batch(rich), config.data.channels, plan.size, plan.size)
-    with _traced() as peak:
-        network, online = built(description), _arrays(model.client)
-        momentum = online if config.clients.frozen else _arrays(model.client)
-        velocity = {} if config.clients.frozen else {name: np.zeros_like(w) for name, w in online.items()}
-        for _ in range(2):
-            first, second = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-            query = network.forward(first, online, learns=not config.clients.frozen)
-            if config.clients.frozen:
-                _discard(network.forward(second, momentum, learns=False), query)
-                continue
-            key = built(description).forward(second, momentum, learns=False)
-            gradients = {name: np.zeros_like(w) for name, w in online.items()}
-            network.backward(np.zeros_like(query), online, gradients, wanted=False)
-            for name, gradient in gradients.items():
-                velocity[name] += gradient
-            _discard(key)
-        return peak()
-
-
-@contextlib.contextmanager
-def _traced() -> Iterator[Callable[[], int]]:
-    """The most that was allocated within, in bytes."""
-    running = tracemalloc.is_tracing()
-    if not running:
-        tracemalloc.start()
-    before, _ = tracemalloc.get_traced_memory()
-    tracemalloc.reset_peak()
+    half = build(config.model, channels, plan.size, config.seed).client
+    told = client_settings(config, described(half), half.state_dict(), channels, plan.size, batch)
+    worker = NumpyWorker(_Blank(batch, plan.size), False, False, lambda _: None)
     try:
-        yield lambda: tracemalloc.get_traced_memory()[1] - before
-    finally:
-        if not running:
-            tracemalloc.stop()
+        worker.prepare(Welcome(client=0, settings=json.dumps(told), frozen=config.clients.frozen))
+    except RunError:
+        return None
+    parts = ("online",) if config.clients.frozen else ("online", "momentum")
+    weights = {f"{part}.{name}": t.numpy() for part in parts for name, t in half.state_dict().items()}
+    worker.take(weights | {name: np.ones(channels, np.float32) for name in ("mean", "std")}, True)
+    query, _ = worker.draw(1, 0)
+    if not config.clients.frozen:  # SGD's momentum is there from the first step on
+        worker.learn(1, np.zeros_like(query), 0.0)
+    return worker.measure()
 
 
-def _arrays(network: nn.Module) -> Weights:
-    return {name: tensor.numpy().copy() for name, tensor in network.state_dict().items()}
+class _Blank:
+    """Images of a client that there is not, all black."""
+
+    def __init__(self, count: int, size: int) -> None:
+        self.count, self.pixels = count, np.zeros((size, size), np.uint8)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def look(self) -> None:
+        """There is nothing to see."""
+
+    def encoded(self, number: int) -> NDArray[np.uint8]:
+        """See ``mocosfl_device.images.Source``."""
+        return self.pixels
+
+    def name(self, number: int) -> str:
+        """See ``mocosfl_device.images.Source``."""
+        return f"image {number}"
+
+    def drop(self, number: int) -> None:
+        """Never called: all can be decoded."""
 
 
 def _peak(config: Config, step: Callable[[], None], kept: Iterable[Tensor]) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mocosfl.config import Config
 from mocosfl.models.description import described, shown
 from mocosfl.network.service import Events, Gradient, Service, Session
-from mocosfl.network.settings import ServeSettings
+from mocosfl.network.settings import ServeSettings, client_settings
 from mocosfl.sync import averaging
 from mocosfl_device.protocol_pb2 import (
     ClientMessage,
@@ -471,21 +471,9 @@ class Exchange:
             raise Refused(
                 Goodbye.REFUSED, f"there is no client {client}: the run has {config.clients.number} (clients.number)"
             )
-        told = {
-            "seed": config.seed,
-            "data": {"size": self.size, "channels": self.channels},
-            "augment": config.augment.model_dump(mode="json"),
-            "model": config.model.model_dump(mode="json"),
-            "contrast": config.contrast.model_dump(mode="json", include={"momentum", "symmetric", "both_views"}),
-            "clients": {"batch": self._batch_of(client), "frozen": self.frozen},
-            "sync": {"momentum": config.sync.momentum},
-            "traffic": traffic.model_dump(mode="json") | {"zstd": traffic.zstd and "zstd" in capabilities},
-            "defence": config.defence.model_dump(mode="json"),
-            "train": config.train.model_dump(mode="json", include={"momentum", "weight_decay", "precision"}),
-            "half": {"layers": self.layers, "shapes": {name: list(t.shape) for name, t in self.initial.items()}},
-            "recalls": config.recalls,
-            "images": int(self.images[client]) if config.recalls else 0,
-        }
+        told = client_settings(config, self.layers, self.initial, self.channels, self.size, self._batch_of(client))
+        told["traffic"]["zstd"] &= "zstd" in capabilities
+        told["images"] = int(self.images[client]) if config.recalls else 0
         return Welcome(client=client, settings=json.dumps(told), heartbeat=self.settings.heartbeat, frozen=self.frozen)
 
     def free_number(self) -> int:
