@@ -62,9 +62,10 @@ class Convolution:
         if not self.standardised:
             return w, None
         w = w - w.mean(axis=(1, 2, 3), keepdims=True)
-        variance = np.square(w).sum(axis=(1, 2, 3), keepdims=True) / (w[0].size - 1)
-        scale = 1 / np.sqrt(variance + np.float32(1e-10))
-        return w * scale, scale
+        variance = np.einsum("ocij,ocij->o", w, w) / np.float32(w[0].size - 1)
+        scale = (1 / np.sqrt(variance + np.float32(1e-10)))[:, None, None, None]
+        w *= scale
+        return w, scale
 
     def _places(self, height: int, width: int) -> Iterator[tuple[int, int, tuple[slice, slice], tuple[slice, slice]]]:
         """Every place of the kernel, the outputs that it reaches, and the inputs that it reads for them."""
@@ -104,6 +105,7 @@ class Convolution:
         if self.stride == 1:
             wide = width + 2 * self.padding
             taps = np.ascontiguousarray(filters.transpose(2, 3, 0, 1))  # (k, k, O, C)
+            del filters
             for image, out in zip(x, y, strict=True):
                 for top, rows in self._strips(channels, height, width):
                     strip, length = self._strip(image, top, rows), rows * wide

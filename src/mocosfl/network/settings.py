@@ -85,8 +85,8 @@ def client_settings(
         batch: of this client.
 
     Returns:
-        Groups of settings, those of ``Config`` by their names. Beside them ``half``, its layers and shapes; ``recalls``,
-        whether the server keeps latents of each image; and ``images``, how many this client had then, or 0.
+        Groups of settings, those of ``Config`` by their names. Beside them ``half``: layers and shapes; ``recalls``:
+        whether the server keeps latents of each image; and ``images``: how many this client had then, or 0.
     """
     contrast = config.contrast.model_dump(mode="json", include={"momentum", "symmetric", "both_views"})
     return {
