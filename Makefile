@@ -3,6 +3,7 @@ VENV := .venv
 SOURCE ?= cifar10
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
+WAITING := tests/network tests/test_distributed.py tests/test_benchmarks.py
 
 .PHONY: demo test soak lint bench bench-gpu proto clean
 .DEFAULT_GOAL := demo
@@ -10,8 +11,9 @@ BIN := $(VENV)/bin
 demo: $(STAMP)  ## train 100 clients with two kinds of digits each, then print the result
 	$(BIN)/mocosfl train digits --out runs/demo --overwrite
 
-test: $(STAMP)  ## all tests
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## all tests: those that compute side by side, then those whose processes wait for each other
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(WAITING:%=--ignore=%)
+	$(BIN)/python -m pytest $(WAITING)
 
 soak: $(STAMP)  ## the tests of the network at length: kills and resets again and again, 200,000 malformed messages
 	MOCOSFL_SOAK=1 $(BIN)/python -m pytest tests/network

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import mocosfl.clients
 from mocosfl.clients import LocalCohort
 from mocosfl.config import Config
-from mocosfl.data.augment import augment, augmented, normalise, policy_of
+from mocosfl.data.augment import augment, augmented, normalise, on_device, policy_of
 from mocosfl.data.images import ImageSet
 from mocosfl.data.partition import partition
 from mocosfl.data.sampler import ClientSampler
@@ -26,6 +27,7 @@ from mocosfl.trainer import Callback, Trainer
 from mocosfl_device.augment import AugmentParameters, Policy
 
 sys.path.insert(0, str(Path(__file__).parent))
+import naive
 from naive import NaiveCohort
 
 CPU = torch.device("cpu")
@@ -141,6 +143,20 @@ def test_synchronising_every_step_is_centralised_moco(scale: str, changes: dict)
         torch.testing.assert_close(tensor, half.state_dict()[name], atol=1e-9, rtol=1e-6)
 
 
+@pytest.fixture
+def _views_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views in float64: in float32 some processors round the matrix products of one client's images and of all clients'
+    differently, and that grows over the steps."""
+
+    def in_double(images: torch.Tensor, p: dict[str, torch.Tensor], policy: Policy) -> torch.Tensor:
+        p = {name: t.double() if t.is_floating_point() else t for name, t in p.items()}
+        return augmented(images.double() / 255, p, policy)
+
+    monkeypatch.setattr(mocosfl.clients, "augmented", in_double)
+    monkeypatch.setattr(naive, "augment", lambda images, p, policy: in_double(images, on_device(p, CPU), policy))
+
+
+@pytest.mark.usefixtures("_views_in_double")
 @pytest.mark.parametrize(
     "changes",
     [

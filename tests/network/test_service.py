@@ -327,7 +327,7 @@ def test_latents_that_nobody_asked_for(host: Callable[..., Host], member: Callab
 
 
 def test_weights_that_are_not_as_asked_for(host: Callable[..., Host], member: Callable[..., Member]) -> None:
-    three = host()
+    three = host(heartbeat=60)  # the peer gives no sign of life between two messages
     for number in (0, 1):
         member(three.port, client=number)
 

@@ -33,7 +33,7 @@ from mocosfl.latent_cache import LatentStore
 from mocosfl.models import build, build_head
 from mocosfl.models.description import described
 from mocosfl.models.heads import WIDTHS
-from mocosfl.network.settings import client_settings
+from mocosfl.network.welcome import client_settings
 from mocosfl.server import Server
 from mocosfl_device.protocol_pb2 import Welcome
 from mocosfl_device.worker import NumpyWorker

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from mocosfl.config import Config
 from mocosfl.models.description import described, shown
 from mocosfl.network.service import Events, Gradient, Service, Session
-from mocosfl.network.settings import ServeSettings, client_settings
+from mocosfl.network.settings import ServeSettings
+from mocosfl.network.welcome import client_settings
 from mocosfl.sync import averaging
 from mocosfl_device.protocol_pb2 import (
     ClientMessage,
