@@ -12,7 +12,7 @@ demo: $(STAMP)  ## train 100 clients with two kinds of digits each, then print t
 	$(BIN)/mocosfl train digits --out runs/demo --overwrite
 
 test: $(STAMP)  ## all tests: those that compute side by side, then those whose processes wait for each other
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(WAITING:%=--ignore=%)
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile $(WAITING:%=--ignore=%)
 	$(BIN)/python -m pytest $(WAITING)
 
 soak: $(STAMP)  ## the tests of the network at length: kills and resets again and again, 200,000 malformed messages
