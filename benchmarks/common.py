@@ -347,7 +347,9 @@ def write(name: str, args: argparse.Namespace, device: torch.device, figures: Ma
         device: where it ran.
         figures: what was measured.
     """
-    words = [Path(word).name if word.startswith(("/", "..")) else word for word in sys.argv[1:]]  # nobody else's folders
+    words = [
+        Path(word).name if word.startswith(("/", "..")) else word for word in sys.argv[1:]
+    ]  # nobody else's folders
     report = {
         "benchmark": name,
         "command": " ".join(["python", "-m", f"benchmarks.{name}", *words]),

@@ -96,6 +96,9 @@ def run(kind: str, changes: Mapping[str, Any], steps: int, folder: Path) -> dict
     )
     peak = begun = 0.0
     try:
+        while not remote.present:
+            assert client.poll() is None, client.communicate()[0]
+            time.sleep(0.05)
         _, mean, std = remote.gather(1)
         remote.begin(mean, std)
         cohort: Any = remote

@@ -68,7 +68,11 @@ def cases(args: Namespace) -> dict[str, Config]:
 
 def figures(config: Config, folder: Path) -> dict[str, Any]:
     """What a run reached, and what it cost a client."""
-    result = Run.open(folder).read_json("result.json") if (folder / "result.json").exists() else None
+    result = None
+    if (folder / "result.json").exists():
+        earlier = Run.open(folder)
+        earlier.check_resumable(config)
+        result = earlier.read_json("result.json")
     if result is None:
         resume = (folder / "checkpoints").exists()
         result = mocosfl.train(config, folder, resume=resume, overwrite=not resume, console=common.console).metrics

@@ -16,6 +16,7 @@ from mocosfl.data.sampler import ClientSampler
 from mocosfl.errors import SettingError
 from mocosfl.latent_cache import Ask, LatentStore, LossThreshold, RecallingCohort, UploadFirst, augmented_latents
 from mocosfl.models import build
+from mocosfl.run import Run
 from mocosfl.trainer import Callback, Trainer
 
 CPU = torch.device("cpu")
@@ -407,3 +408,38 @@ def test_a_checkpoint_whose_latents_are_damaged_falls_back_to_the_one_before(hal
     whole = mocosfl.train(config, tmp_path / "whole")
     assert (tmp_path / "whole/encoder.safetensors").read_bytes() == (tmp_path / "run/encoder.safetensors").read_bytes()
     assert whole.finished
+
+
+def kept(path: Path, numbers: list[int]) -> Run:
+    """A run folder with checkpoints after these steps, each with latents of its own beside it."""
+    run = Run.create(path, frozen())
+    run.checkpoints.mkdir()
+    for number in numbers:
+        save(run, number, number)
+    return run
+
+
+def save(run: Run, step: int, content: int) -> None:
+    run.save_checkpoint(step, {"step": step}, (step, {"latents": torch.full((3,), content)}))
+
+
+def loaded(path: Path) -> tuple[int, list[int]]:
+    state = Run.open(path).load_checkpoint(lambda text: None)
+    assert state is not None
+    return state["step"], state["apart"]["latents"].tolist()
+
+
+def test_damaged_latents_are_written_again_and_those_of_kept_checkpoints_stay(tmp_path: Path) -> None:
+    run = kept(tmp_path / "run", [40, 50, 100])
+    names = sorted(path.name for path in run.checkpoints.iterdir())
+    assert names == ["apart-000000050.pt", "apart-000000100.pt", "step-000000050.pt", "step-000000100.pt"]
+    (run.checkpoints / "apart-000000100.pt").write_bytes(b"damaged")
+    again = Run.open(tmp_path / "run")
+    assert again.load_checkpoint(lambda text: None)["step"] == 50  # type: ignore[index]
+    save(again, 60, 6)
+    (run.checkpoints / "step-000000060.pt").write_bytes(b"damaged")
+    assert loaded(tmp_path / "run") == (50, [50] * 3)
+    again = Run.open(tmp_path / "run")
+    again.load_checkpoint(lambda text: None)
+    save(again, 100, 7)  # on another course than the first time
+    assert loaded(tmp_path / "run") == (100, [7] * 3)

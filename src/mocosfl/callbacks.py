@@ -232,7 +232,8 @@ class CollapseGuard(Callback):
 
 
 class Checkpoints(Callback):
-    """Writes the whole state every ``train.checkpoint_every`` steps, at the end, and when the run is asked to stop.
+    """Writes the whole state every ``train.checkpoint_every`` steps, at the end, and when the run is asked to stop; and
+    when clients have sent all latents that the server needs, before they are let go.
 
     All processes of a run put the state together; the first writes it.
     """
@@ -249,8 +250,12 @@ class Checkpoints(Callback):
 
     def after_step(self, trainer: Trainer, metrics: dict[str, Tensor]) -> None:
         """Save when it is time."""
-        if trainer.step % trainer.config.train.checkpoint_every == 0:
+        cohort = trainer.cohort
+        has_all = isinstance(cohort, RecallingCohort) and cohort.has_all
+        if has_all or trainer.step % trainer.config.train.checkpoint_every == 0:
             self._save(trainer)
+        if isinstance(cohort, RecallingCohort) and has_all:
+            cohort.let_go()
 
     def after_training(self, trainer: Trainer) -> None:
         """Save where the run ended or was stopped."""

@@ -132,7 +132,7 @@ class LossThreshold:
     def ask(self, step: int) -> Ask:
         """See ``Schedule``."""
         if step > 0 and step % self.length == 0 and self._losses:
-            loss = float(torch.stack(self._losses).mean())
+            loss = float(torch.stack([loss.to(self._losses[-1].device) for loss in self._losses]).mean())
             self._losses.clear()
             self._next(loss)
         return self.now
@@ -158,20 +158,20 @@ class LossThreshold:
 
     def state_dict(self) -> dict[str, Any]:
         """See ``Schedule``."""
-        losses = torch.stack(self._losses) if self._losses else torch.zeros(0)
-        return {"now": self.now.value, "learned_at": self.learned_at, "losses": losses}
+        losses = torch.tensor([float(loss) for loss in self._losses])
+        return {"now": self.now.value, "learned_at": self.learned_at, "losses": losses, "length": self.length}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See ``Schedule``."""
-        self.now, self.learned_at = Ask(state["now"]), state["learned_at"]
+        self.now, self.learned_at, self.length = Ask(state["now"]), state["learned_at"], state["length"]
         self._losses = list(state["losses"])
 
 
 class LatentStore:
     """Latents of every image of every client, in the memory of the compute device.
 
-    They are kept as float32, or in two bytes where a codec has left no more of them than that holds: exactly for bf16,
-    and to 2**-12 of themselves for the others.
+    They are kept as float32, or in two bytes where a codec has left little more of them than that holds: exactly for
+    bf16, and to 2**-11 of themselves for the others (to 3e-8 where they are below 6e-5).
 
     Args:
         views: V, latents that are kept of an image; the next one takes the place of the oldest.
@@ -195,6 +195,16 @@ class LatentStore:
         self.base, self.images = np.zeros(clients, np.int64), np.zeros(clients, np.int64)
         self._ready: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]] | None = None
 
+    @property
+    def bytes_of_image(self) -> int:
+        """That its V latents take."""
+        return self.latents.element_size() * self.latents.shape[1:].numel()
+
+    @property
+    def room(self) -> int:
+        """Images whose latents fit in this machine's memory."""
+        return _memory(self.device) // self.bytes_of_image
+
     def make_room(self, images: NDArray[np.int64]) -> None:
         """Make room for clients that have none yet.
 
@@ -208,11 +218,11 @@ class LatentStore:
         if len(new) == 0:
             return
         count = int(images[new].sum())
-        need = (len(self.held) + count) * self.latents[:0].element_size() * self.latents.shape[1:].numel()
-        if need > (there := _memory(self.device)):
+        if len(self.held) + count > self.room:
             raise SettingError(
                 f"cache.views={self.views}: the latents of {len(self.held) + count:,} images take "
-                f"{need / 2**30:.1f} GiB, and this machine has {there / 2**30:.1f}"
+                f"{(len(self.held) + count) * self.bytes_of_image / 2**30:.1f} GiB, and this machine has "
+                f"{_memory(self.device) / 2**30:.1f}"
             )
         self.base[new] = len(self.held) + np.cumsum(images[new]) - images[new]
         self.images[new] = images[new]
@@ -270,6 +280,7 @@ class RecallingCohort:
             be asked of them.
         config: the whole configuration.
         images: (N,) int64, of each client; those of clients that come later may be filled in then.
+        begun: (N,) int64, of each when the run began, from which the schedule follows. Unset: ``images``.
         shape: of one image's latent.
         device: where the server computes.
 
@@ -292,14 +303,16 @@ class RecallingCohort:
         images: NDArray[np.int64],
         shape: tuple[int, ...],
         device: torch.device,
+        begun: NDArray[np.int64] | None = None,
     ) -> None:
         self.cohort, self.config, self.images, self.device = cohort, config, images, device
         self.schedule: Schedule
+        begun = images if begun is None else begun
         if config.clients.frozen:
-            self.schedule = UploadFirst.of(config, images)
+            self.schedule = UploadFirst.of(config, begun)
         else:
             assert config.traffic.loss_threshold is not None
-            length = max(1, round(int(images.sum()) / config.step_images))
+            length = max(1, round(int(begun.sum()) / config.step_images))
             self.schedule = LossThreshold(config.traffic.loss_threshold, length)
         views = config.cache.views if config.clients.frozen else 2
         self.store = LatentStore(views, shape, config.clients.number, config.traffic.latents, device)
@@ -309,11 +322,13 @@ class RecallingCohort:
         self.asked = dict.fromkeys(Ask, 0)
         self._moved = False
         self._steps = 2**62
+        self._let_go = False
 
     def follow(self, steps: int) -> None:
         """Tell how many steps the run has."""
         self._steps = steps
-        self._let_go()
+        if self.has_all:  # it goes on from a checkpoint that says so
+            self.let_go()
 
     def describe(self, steps: int) -> str:
         """What is kept, in a line."""
@@ -344,19 +359,18 @@ class RecallingCohort:
             latents = replace(latents, learning=ask is Ask.LEARN and latents.learning)
         self.step += 1
         self.asked[ask] += 1
-        if ask is not Ask.NOTHING:
-            self._let_go()
         return latents
 
-    def _let_go(self) -> None:
-        """Let clients over the network go when they have sent all."""
-        stop = getattr(self.cohort, "stop_asking", None)
-        if (
-            stop is not None
-            and self.step < self._steps
-            and self.schedule.uploads(self._steps) <= self.schedule.uploads(self.step)
-        ):
-            stop()
+    @property
+    def has_all(self) -> bool:
+        """Whether clients over the network could be let go: nothing more will be asked of them."""
+        asked_no_more = self.schedule.uploads(self._steps) <= self.schedule.uploads(self.step)
+        return hasattr(self.cohort, "stop_asking") and not self._let_go and self.step < self._steps and asked_no_more
+
+    def let_go(self) -> None:
+        """Let them go. What they have sent must be kept where a crash does not lose it: they will not come back."""
+        self._let_go = True
+        self.cohort.stop_asking()  # type: ignore[attr-defined]
 
     def _keep(self, latents: Latents) -> None:
         """Put latents where their images' are."""

@@ -32,7 +32,8 @@ def rounded(x: Tensor, codec: str, share: float) -> Tensor:
             return _affine(x, 2 ** int(codec[3:]) - 1)
         case "topk":
             flat = x.flatten(2)
-            places = flat.abs().topk(max(1, round(share * flat.shape[2])), dim=2).indices
+            order = flat.abs().argsort(dim=2, descending=True, stable=True)  # of equal ones the first, as codecs does
+            places = order[..., : max(1, round(share * flat.shape[2]))]
             kept = torch.zeros_like(flat).scatter(2, places, flat.gather(2, places))
             return kept.bfloat16().to(x.dtype).view_as(x)
     raise ValueError(f"unknown codec {codec!r}")

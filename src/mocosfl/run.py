@@ -86,6 +86,8 @@ class Run:
         self.path, self.config = path, config
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
+        self._apart: dict[int, str] = {}  # what checkpoints need besides themselves, by step, as far as is known
+        self._written: set[str] = set()  # of those, what this process has written
 
     @classmethod
     def create(cls, path: str | Path, config: Config, overwrite: bool = False) -> Run:
@@ -260,14 +262,23 @@ class Run:
             if apart is not None:
                 version, large = apart
                 path = self.checkpoints / f"apart-{version:09d}.pt"
-                if not path.exists():
+                if path.name not in self._written:  # one of an earlier process may be damaged, or of another course
                     write_atomically(path, lambda file: torch.save(large, file))
+                    self._written.add(path.name)
                 state = state | {"apart": path.name}
+                self._apart[step] = path.name
             write_atomically(self.checkpoints / f"step-{step:09d}.pt", lambda file: torch.save(state, file))
         except RuntimeError as error:  # how torch.save reports a full disk
             raise OSError(f"cannot write a checkpoint: {error}") from error
-        for path in self._files("step")[:-CHECKPOINTS_KEPT] + self._files("apart")[:-CHECKPOINTS_KEPT]:
+        for path in self._files("step")[:-CHECKPOINTS_KEPT]:
             path.unlink()
+        kept = [int(path.stem.removeprefix("step-")) for path in self._files("step")]
+        if apart is not None and all(step in self._apart for step in kept):  # else we do not know what they need
+            needed = {self._apart[step] for step in kept}
+            for path in self._files("apart"):
+                if path.name not in needed:
+                    path.unlink()
+                    self._written.discard(path.name)
 
     def load_checkpoint(self, say: Callable[[str], None]) -> dict[str, Any] | None:
         """The state of the latest checkpoint that can be read, on the CPU; None if there is none.
@@ -282,6 +293,7 @@ class Run:
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 if "apart" in state:
+                    self._apart[int(path.stem.removeprefix("step-"))] = state["apart"]
                     state["apart"] = torch.load(
                         self.checkpoints / state["apart"], map_location="cpu", weights_only=True
                     )

@@ -112,7 +112,9 @@ def serve(
             say(f"half:    SHA-256 {cohort.exchange.fingerprint()}")
         clients: Cohort = cohort
         if config.recalls:
-            clients = RecallingCohort(cohort, config, cohort.images, encoder.latent_shape, device)
+            begun = np.array(facts["client_images"])
+            clients = RecallingCohort(cohort, config, cohort.images, encoder.latent_shape, device, begun)
+            cohort.exchange.room = clients.store.room / 2  # to make room for more takes twice the memory for a moment
         server = Server(encoder.server, head, config, WIDTHS[config.model.head], device)
         rows, held_out = set_aside(config.data.held_out, np.arange(len(own.train)), own.train.labels, config.seed)
         nobody = Partition(np.zeros(0, np.int64), np.zeros(1, np.int64))

@@ -642,7 +642,7 @@ def test_another_process_may_write_the_same_entry(folder, cache_folder, monkeypa
 def test_default_cache_folder(monkeypatch):
     monkeypatch.delenv("MOCOSFL_CACHE")
     monkeypatch.setenv("HOME", "/home/someone")
-    assert cache.root() == Path("/home/someone/.cache/mocosfl")
+    assert cache.cache() == Path("/home/someone/.cache/mocosfl")
 
 
 # memory, test split, data.images

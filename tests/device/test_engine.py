@@ -55,6 +55,26 @@ def test_equals_autograd(backbone: str, cut: int, bottleneck: str, size: int, st
         np.testing.assert_allclose(into[name] / scale, parameter.grad.numpy() / scale, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [(3, 2, 1), (3, 1, 1), (1, 2, 0), (1, 1, 0), (7, 2, 3), (5, 4, 2)]
+)
+def test_a_convolution_of_a_small_map(kernel: int, stride: int, padding: int, size: int) -> None:
+    """Places of the kernel that see no pixel, too."""
+    conv = nn.Conv2d(3, 4, kernel, stride, padding)
+    x = torch.randn(2, 3, size, size, requires_grad=True)
+    y = conv(x)
+    gradient = torch.randn_like(y)
+    y.backward(gradient)
+    ours, weights = built(describe(nn.Sequential(conv))), {f"0.{name}": w for name, w in numbers(conv).items()}
+    image = x.detach().numpy()
+    np.testing.assert_allclose(ours.forward(image, weights, learns=True), y.detach().numpy(), atol=1e-5)
+    into = {name: np.zeros_like(w) for name, w in weights.items()}
+    np.testing.assert_allclose(ours.backward(gradient.numpy(), weights, into, True), x.grad.numpy(), atol=1e-5)
+    for name, parameter in conv.named_parameters():
+        np.testing.assert_allclose(into[f"0.{name}"], parameter.grad.numpy(), atol=1e-4)
+
+
 def test_a_client_at_width_64_holds_little() -> None:
     """Tensors of a step at batch 1, besides the weights: by numpy's own account of its memory."""
     half = build(ModelSettings(bottleneck="C4S2"), 3, 32, seed=0).client

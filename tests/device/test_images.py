@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,12 +57,30 @@ def test_a_folder_is_read_as_mocosfl_join_reads_it(tmp_path: Path) -> None:
     assert np.array_equal(np.stack([decoded(source, n, 8, 3) for n in range(len(source))]), theirs)
 
 
-def test_of_a_data_set_the_training_part_is_used(tmp_path: Path) -> None:
-    for name in ("train/a/1.png", "test/a/1.png"):
+@pytest.mark.parametrize(
+    ("files", "train"),
+    [
+        (["train/a/1.png", "test/a/1.png"], 1),
+        (["train/a/1.png", "car/1.png"], 2),  # a class of vehicles
+        (["train-1.png", "test-1.png"], 2),
+    ],
+)
+def test_of_a_data_set_the_training_part_is_used(files: list[str], train: int, tmp_path: Path) -> None:
+    for name in files:
         picture(tmp_path / name)
-    assert [file.parent.parent.name for file in Folder(tmp_path).files] == ["train"]
-    picture(tmp_path / "car/1.png")  # now train may be a class of vehicles
-    assert len(Folder(tmp_path)) == 3
+    assert len(Folder(tmp_path)) == train
+    assert len(load_unlabelled(DataSettings(source=str(tmp_path), channels=1), ignore)) == train
+
+
+def test_a_folder_of_links_and_one_without_a_training_part(tmp_path: Path) -> None:
+    picture(tmp_path / "elsewhere/1.png")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/a").symlink_to(tmp_path / "elsewhere")
+    assert len(Folder(tmp_path / "links")) == 1
+    for name in ("validation/a/1.png", "test/a/1.png"):
+        picture(tmp_path / "more" / name)
+    with pytest.raises(DataError, match="there are test, validation and no train"):
+        Folder(tmp_path / "more")
 
 
 def table(path: Path, **columns: list) -> Path:
@@ -74,9 +93,10 @@ def test_parquet_is_unpacked_once_by_a_process_of_its_own(tmp_path: Path, monkey
     encoded = [picture(tmp_path / f"{grey}.png", grey).read_bytes() for grey in (10, 20, 30)]
     cells = [{"bytes": data, "path": None} for data in encoded]
     (tmp_path / "data").mkdir()
-    table(tmp_path / "data/train-0.parquet", img=cells[:2], label=[0, 1])
-    table(tmp_path / "data/train-1.parquet", img=cells[2:], label=[0])
-    table(tmp_path / "data/test-0.parquet", img=cells, label=[0, 1, 0])
+    (tmp_path / "data/data").mkdir()
+    table(tmp_path / "data/data/train-00000-of-00002.parquet", img=cells[:2], label=[0, 1])
+    table(tmp_path / "data/data/train-00001-of-00002.parquet", img=cells[2:], label=[0])
+    table(tmp_path / "data/data/test-00000-of-00001.parquet", img=cells, label=[0, 1, 0])
     said: list[str] = []
     for _ in range(2):
         source = source_of(tmp_path / "data", False, None, said.append)
@@ -101,6 +121,9 @@ def test_parquet_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(DataError, match=r"broken\.parquet: cannot be read"):
         Pack(broken, None, ignore)
     assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix not in (".bin", ".npy")]
+    monkeypatch.setenv("MOCOSFL_CACHE", str(two / "cache"))
+    with pytest.raises(DataError, match=r"cannot write to .*two\.parquet/cache.*MOCOSFL_CACHE"):
+        Pack(two, "a", ignore)
 
 
 def test_a_folder_that_grows(tmp_path: Path, later: Callable[[float], None]) -> None:
@@ -135,6 +158,10 @@ def test_a_folder_that_grows(tmp_path: Path, later: Callable[[float], None]) -> 
     later(5)
     source.look()
     assert source.files == [first, half]
+    shutil.rmtree(tmp_path)
+    later(5)
+    source.look()
+    assert source.files == []
 
 
 @pytest.mark.parametrize(

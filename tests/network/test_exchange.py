@@ -13,6 +13,7 @@ from torch import nn
 from workers import learned_twice
 
 from mocosfl.clients import Stopped
+from mocosfl.errors import RunError
 
 FROZEN = {"clients.number": 2, "clients.frozen": True}
 
@@ -198,3 +199,16 @@ def test_sampled_pools_take_others_for_those_who_are_away(
     assert six.step().clients.tolist() == [0, 2, 5]
     for one in members:
         assert not learned_twice(one.worker.calls)
+
+
+def test_who_claims_more_images_than_there_is_room_for_is_refused(
+    host: Callable[..., Host], member: Callable[..., Member]
+) -> None:
+    changes = {"clients.frozen": True, "clients.init": "a run", "cache.views": 2, "clients.number": 2}
+    one = host(changes)
+    member(one.port, client=0)
+    one.begin(1)
+    one.exchange.room = 15
+    with pytest.raises(RunError, match="keeps latents of each image, and has no room for those of 10 more"):
+        member(one.port, client=1).end()
+    assert one.step().clients.tolist() == [0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +16,8 @@ from mocosfl_device.images import SETTLED, Source, source_of
 from mocosfl_device.settings import JoinSettings
 from mocosfl_device.worker import NumpyWorker
 
+LARGEST = 32 * 2**20
+"""Bytes of the largest message that the server may send: weights of a client half for a small device."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
@@ -64,11 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = source_of(data, grows, column, _say)
         _await_first(source, data)
         worker = NumpyWorker(source, skip, grows, _say)
-        client = Client(settings, worker, _say)
+        client = Client(settings, worker, _say, LARGEST)
+        finished = False
         try:
             client.run()
+            finished = True
         finally:
-            _report(client, worker, time.monotonic() - begun)
+            _report(client, worker, time.monotonic() - begun, finished)
     except (MocosflError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -90,13 +93,13 @@ def _await_first(source: Source, data: Path) -> None:
         source.look()
 
 
-def _report(client: Client, worker: NumpyWorker, seconds: float) -> None:
-    """What the client has spent."""
+def _report(client: Client, worker: NumpyWorker, seconds: float, finished: bool) -> None:
+    """What the client has spent; that of tensors, which takes another step, where the run has ended well."""
     traffic, cpu = client.traffic, time.process_time()
     images = client.steps * worker.batch if client.steps else 0
     each = f", {1000 * cpu / images:.1f} ms an image" if images else ""
     _say(f"{client.steps:,} steps, {images:,} images in {seconds:,.1f} s; {cpu:,.1f} s of CPU{each}")
-    peak, tensors = peak_memory(), worker.measure()
+    peak, tensors = peak_memory(), worker.measure() if finished else 0
     of_tensors = f"{tensors / 1e6:.3f} MB of tensors in a step, " if tensors else ""
     _say(f"memory: {of_tensors}{peak / 2**20:.1f} MiB the whole process")
     _say(
@@ -111,6 +114,8 @@ def peak_memory() -> int:
         for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("VmHWM:"):
                 return 1024 * int(line.split()[1])
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import grpc
 import numpy as np
@@ -63,6 +63,10 @@ INBOX = 4
 """Messages of the server that wait while the worker is busy, at most."""
 LOST = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
 """What gRPC raises when a connection is gone."""
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Worker(Protocol):
@@ -122,6 +126,7 @@ class Client:
         settings: where the server is, and how to reach it.
         worker: computes.
         say: told what happens, a line each.
+        largest: bytes of the largest message that the server may send.
 
     Attributes:
         traffic: bytes so far.
@@ -131,6 +136,7 @@ class Client:
     settings: JoinSettings
     worker: Worker
     say: Callable[[str], None]
+    largest: int = LARGEST
     traffic: Traffic = field(default_factory=Traffic)
     steps: int = 0
     _ready: bool = False
@@ -191,7 +197,7 @@ class Client:
     def _channel(self) -> grpc.aio.Channel:
         settings = self.settings
         host, _ = address(settings.server, "server")
-        options: list[tuple[str, Any]] = [*channel_options(LARGEST), ("grpc.use_local_subchannel_pool", 1)]
+        options: list[tuple[str, Any]] = [*channel_options(self.largest), ("grpc.use_local_subchannel_pool", 1)]
         if settings.plain or (is_own(host) and settings.tls_ca is None):
             return grpc.aio.insecure_channel(settings.server, options)
 
@@ -321,7 +327,7 @@ class _Talk:
         if settings.half is not None and not self._frozen:
             raise RunError(f"half={settings.half[:8]}...: the half of this run learns, so it is none that you can know")
         self._beating = asyncio.create_task(self._beat(welcome.heartbeat))
-        images, sums, squares = await asyncio.to_thread(self.worker.prepare, welcome)
+        images, sums, squares = await self._computed(self.worker.prepare, welcome)
         await self._say(ClientMessage(ready=Ready(images=images, sums=sums, squares=squares)))
         self.client._ready = True
         self.client.say(f"joined {settings.server} as client {welcome.client} with {images:,} images")
@@ -339,9 +345,9 @@ class _Talk:
                 raise Violation("a gradient that is not finite")
             self._drawn = None
             traffic.tensors_received += len(order.gradients.query.data)
-            await asyncio.to_thread(self.worker.learn, step, gradient, order.gradients.lr)
+            await self._computed(self.worker.learn, step, gradient, order.gradients.lr)
         if order.HasField("collect"):
-            weights = await asyncio.to_thread(self.worker.weights)
+            weights = await self._computed(self.worker.weights)
             traffic.tensors_sent += sum(array.nbytes for array in weights.values())
             await self._say(ClientMessage(weights=pack_weights(weights, order.collect.number)))
         if order.HasField("weights"):
@@ -350,13 +356,13 @@ class _Talk:
             traffic.tensors_received += sum(array.nbytes for array in tensors.values())
             if self._frozen:
                 self._check_half(tensors)
-            await asyncio.to_thread(self.worker.take, tensors, order.weights.restart)
+            await self._computed(self.worker.take, tensors, order.weights.restart)
             self._handed = True
         if order.HasField("draw"):
             if self.client.settings.half is not None and not self._handed:
                 raise Violation("an order to draw before there is a half")
             step = order.draw.step
-            query, key = await asyncio.to_thread(self.worker.draw, step, order.draw.first)
+            query, key = await self._computed(self.worker.draw, step, order.draw.first)
             self._drawn = (step, query.shape)
             latents = Latents(step=step)
             self._latents.pack_into(latents.query, query)
@@ -364,6 +370,19 @@ class _Talk:
             traffic.tensors_sent += len(latents.query.data) + len(latents.key.data)
             await self._say(ClientMessage(latents=latents))
             self.client.steps += 1
+
+    async def _computed(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """What the worker computes.
+
+        Raises:
+            RunError: it fails, as a half fails that does not fit together.
+        """
+        try:
+            return await asyncio.to_thread(work, *args, **kwargs)
+        except (MocosflError, Violation):
+            raise
+        except Exception as error:
+            raise RunError(f"what the server asks for cannot be computed: {error!r}") from error
 
     def _check_half(self, weights: Mapping[str, NDArray]) -> None:
         """Accept a frozen half, if it is the one that was asked for.

@@ -128,7 +128,8 @@ class TopK(Codec):
         numbers, kept = self._kept(x.shape)
         rows = x.reshape(-1, numbers)
         magnitude = np.where(np.isnan(rows), np.float32(np.inf), np.abs(rows))  # not to be hidden
-        places = np.sort(np.argpartition(-magnitude, kept - 1, axis=1)[:, :kept], axis=1)
+        order = np.argsort(-magnitude, axis=1, kind="stable")  # of equal ones the first
+        places = np.sort(order[:, :kept], axis=1)
         mask = np.zeros(rows.shape, bool)
         np.put_along_axis(mask, places, True, axis=1)
         values = np.take_along_axis(rows, places, axis=1)

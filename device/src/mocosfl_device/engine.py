@@ -77,7 +77,8 @@ class Convolution:
                     )
                     for place, size in ((i, height), (j, width))
                 )
-                yield i, j, (out_i, out_j), (in_i, in_j)
+                if out_i.start < out_i.stop and out_j.start < out_j.stop:  # else it sees zeros alone
+                    yield i, j, (out_i, out_j), (in_i, in_j)
 
     def _strips(self, channels: int, height: int, width: int) -> Iterator[tuple[int, int]]:
         """First row and number of rows of each strip of the outputs, at stride 1."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -16,14 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mocosfl_device.errors import DataError
+from mocosfl_device.folders import by_folder, by_name, files_below
 from mocosfl_device.pixels import EXTENSIONS, Encoded, converted, opened
 
 SETTLED = 2.0
 """Seconds since the last change of a file in a folder that grows, after which it counts as complete."""
 LOOK = 1.0
 """Seconds between two looks at a folder that grows."""
-SPLITS = {"train", "test", "validation", "valid", "val"}
-"""Names of folders that are parts of a data set; of those, a client uses train."""
 
 
 class Source(Protocol):
@@ -54,7 +54,8 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.files = _train(path, _files(path, EXTENSIONS))
+        groups, _ = by_folder(path, _ending(files_below(path), EXTENSIONS))
+        self.files = _train(groups, path)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -83,8 +84,10 @@ class Spool(Folder):
     """
 
     def __init__(self, path: Path) -> None:
+        files_below(path)  # says whether it can be read
         self.path = path
         self.files: list[Path] = []
+        self._changed: dict[Path, float] = {}  # of the files that are there, as they were last looked at
         self._dropped: dict[Path, float] = {}
         self._looked = -LOOK
         self.look()
@@ -94,25 +97,21 @@ class Spool(Folder):
         if time.monotonic() - self._looked < LOOK:
             return
         self._looked = time.monotonic()
-        known, found = set(self.files), []
-        for file in _files(self.path, EXTENSIONS):
-            try:
-                changed = file.stat().st_mtime
-            except OSError:  # deleted meanwhile
-                continue
-            if file in known or (time.time() - changed >= SETTLED and self._dropped.get(file) != changed):
-                found.append((file not in known, changed, file))
-        there = {file for _, _, file in found}
-        self.files = [file for file in self.files if file in there]
-        self.files += [file for new, _, file in sorted(found) if new]
+        self._changed = {}
+        for file in _ending(files_below(self.path, failed=lambda error: None), EXTENSIONS):
+            with suppress(OSError):  # deleted meanwhile
+                self._changed[file] = file.stat().st_mtime
+        self._dropped = {file: at for file, at in self._dropped.items() if self._changed.get(file) == at}
+        self.files = [file for file in self.files if file in self._changed]
+        new = self._changed.keys() - self._dropped.keys() - set(self.files)
+        settled = [(self._changed[file], file) for file in new if time.time() - self._changed[file] >= SETTLED]
+        self.files += [file for _, file in sorted(settled)]
 
     def drop(self, number: int) -> None:
         """See ``Source``."""
         file = self.files.pop(number)
-        try:
-            self._dropped[file] = file.stat().st_mtime
-        except OSError:
-            self._dropped.pop(file, None)
+        if file in self._changed:
+            self._dropped[file] = self._changed[file]
 
 
 class Pack:
@@ -130,7 +129,7 @@ class Pack:
     """
 
     def __init__(self, path: Path, column: str | None, say: Callable[[str], None]) -> None:
-        files = [path] if path.is_file() else _train(path, _files(path, (".parquet",)))
+        files = [path] if path.is_file() else _train(by_name(path, _ending(files_below(path), (".parquet",))), path)
         self.path = path
         stamp = hashlib.sha256(f"{column}".encode())
         for file in files:
@@ -139,7 +138,12 @@ class Pack:
         out = cache() / f"unpacked-{stamp.hexdigest()[:24]}"
         if not out.with_suffix(".npy").exists():
             say(f"unpacking {len(files)} parquet files; what is in them is kept in {out.parent}")
-            out.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                out.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise DataError(
+                    f"cannot write to {out.parent} ({error.strerror}); MOCOSFL_CACHE names another folder"
+                ) from error
             command = [sys.executable, "-m", "mocosfl_device.parquet", str(out), column or "", *map(str, files)]
             done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
             if done.returncode:
@@ -172,9 +176,8 @@ class Pack:
 
 
 def cache() -> Path:
-    """Folder for what is kept between two runs: MOCOSFL_CACHE, or the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("MOCOSFL_CACHE") or Path(base) / "mocosfl")
+    """Folder for what is kept between two runs: ``$MOCOSFL_CACHE``, or ``~/.cache/mocosfl``."""
+    return Path(os.environ.get("MOCOSFL_CACHE") or "~/.cache/mocosfl").expanduser()
 
 
 def source_of(path: Path, grows: bool, column: str | None, say: Callable[[str], None]) -> Source:
@@ -200,7 +203,7 @@ def source_of(path: Path, grows: bool, column: str | None, say: Callable[[str], 
         if path.suffix.lower() != ".parquet":
             raise DataError(f"data={path}: accepted are {accepted}")
         return Pack(path, column, say)
-    if _files(path, (".parquet",)):
+    if _ending(files_below(path), (".parquet",)):
         return Pack(path, column, say)
     folder = Folder(path)
     if not len(folder):
@@ -220,29 +223,16 @@ def decoded(source: Source, number: int, size: int, channels: int) -> NDArray[np
         raise DataError(f"{source.name(number)}: cannot be decoded ({error})") from error
 
 
-def _files(root: Path, endings: tuple[str, ...]) -> list[Path]:
-    """Files below a folder with these endings, but hidden ones, sorted.
+def _ending(files: list[Path], endings: tuple[str, ...]) -> list[Path]:
+    return [file for file in files if file.name.lower().endswith(endings)]
+
+
+def _train(groups: dict[str, list[Path]], path: Path) -> list[Path]:
+    """Files of the training split.
 
     Raises:
-        DataError: a folder cannot be read.
+        DataError: there are splits, and none is it.
     """
-
-    def fail(error: OSError) -> None:
-        raise DataError(f"cannot read the folder {error.filename}: {error.strerror}") from error
-
-    found: list[Path] = []
-    for folder, below, names in os.walk(root, onerror=fail):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        found += [Path(folder, n) for n in names if not n.startswith(".") and n.lower().endswith(endings)]
-    return sorted(found)
-
-
-def _train(root: Path, files: list[Path]) -> list[Path]:
-    """Those of the training part, where folders or the names of files say which are."""
-
-    def part(file: Path) -> str:
-        first = file.relative_to(root).parts[0]
-        return (file.stem.partition("-")[0] if first == file.name else first).lower()
-
-    parts = {part(file) for file in files}
-    return [file for file in files if part(file) == "train"] if "train" in parts <= SPLITS else files
+    if "train" not in groups:
+        raise DataError(f"data={path}: there are {', '.join(groups)} and no train: name the folder or file to use")
+    return groups["train"]

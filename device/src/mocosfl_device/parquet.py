@@ -6,11 +6,33 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 ROWS = 64
 """Rows that are read at a time."""
+
+
+class Unwritable(Exception):
+    """The cache folder is full, or may not be written to."""
+
+
+def _opened(path: Path) -> IO[bytes]:
+    try:
+        return path.open("wb", buffering=0)
+    except OSError as error:
+        raise Unwritable(error.strerror) from error
+
+
+def _written(file: IO[bytes], data: bytes) -> int:
+    left = memoryview(data)
+    try:
+        while left:
+            left = left[file.write(left) :]
+        return len(data)
+    except OSError as error:
+        raise Unwritable(error.strerror) from error
 
 
 def unpack(out: Path, column: str, files: list[Path]) -> None:
@@ -39,8 +61,9 @@ def unpack(out: Path, column: str, files: list[Path]) -> None:
         return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
     ends, end, part = [], 0, out.with_suffix(f".{os.getpid()}")
+    path = files[0]
     try:
-        with part.open("wb") as file:
+        with _opened(part) as file:
             for path in files:
                 parquet = pq.ParquetFile(path)
                 found = [field.name for field in parquet.schema_arrow if holds_images(field.type)]
@@ -53,12 +76,14 @@ def unpack(out: Path, column: str, files: list[Path]) -> None:
                 for batch in parquet.iter_batches(ROWS, columns=found):
                     for cell in batch.column(0).to_pylist():
                         image = cell.get("bytes") if isinstance(cell, dict) else cell
-                        end += file.write(image or b"")
+                        end += _written(file, image or b"")
                         ends.append(end)
         part.replace(out.with_suffix(".bin"))
-        with part.open("wb") as file:
+        with _opened(part) as file:
             np.save(file, np.array(ends, np.int64))
         part.replace(out.with_suffix(".npy"))
+    except Unwritable as error:
+        raise SystemExit(f"cannot write to {out.parent} ({error}); MOCOSFL_CACHE names another folder") from None
     except (OSError, pa.ArrowException) as error:
         raise SystemExit(f"{path}: cannot be read ({error})") from None
     finally:

@@ -47,8 +47,8 @@ class JoinSettings:
             address(self.server, "server")
         except ValueError as error:
             raise SettingError(str(error)) from error
-        if self.client is not None and self.client < 0:
-            raise SettingError(f"client={self.client}: clients are numbered from 0")
+        if self.client is not None and not 0 <= self.client < 2**32:
+            raise SettingError(f"client={self.client}: clients are numbered from 0, below 2**32")
         if self.give_up is not None and not self.give_up > 0:
             raise SettingError(f"give_up={self.give_up}: expected a number of seconds greater than 0")
         if self.half is not None and not re.fullmatch("[0-9a-f]{64}", self.half):

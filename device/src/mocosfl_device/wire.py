@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mocosfl_device.codecs import Codec, codec_of
 from mocosfl_device.protocol_pb2 import ClientMessage, Goodbye, ServerMessage, Tensor, Weights
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the protocol. Peers of another version are refused."""
 
 METHOD = "/mocosfl.v1.Federation/Session"
@@ -200,6 +200,19 @@ def unpack_weights(message: Weights, specification: Specification) -> dict[str, 
         if not np.isfinite(arrays[name]).all():
             raise Violation(f"weights {name}: a number is not finite")
     return arrays
+
+
+def weights_of(names: frozenset[str], known: Specification) -> Specification:
+    """What weights of these names have to be: all that a client knows, but the momentum half may be missing.
+
+    Raises:
+        Violation: a name is missing or unknown.
+    """
+    needed = {name for name in known if not name.startswith("momentum.")}
+    if not needed <= names <= known.keys():
+        wrong = sorted((needed - names) | (names - known.keys()))
+        raise Violation(f"weights: names are missing or unknown, such as {wrong[0][:60]!r}")
+    return {name: known[name] for name in names}
 
 
 def fingerprint(description: Mapping[str, Any], weights: Mapping[str, NDArray]) -> str:

@@ -20,7 +20,10 @@ from mocosfl_device.errors import DataError, RunError
 from mocosfl_device.images import Source, decoded
 from mocosfl_device.protocol_pb2 import Welcome
 from mocosfl_device.randomness import items
-from mocosfl_device.wire import Violation
+from mocosfl_device.wire import Violation, weights_of
+
+SIZE, BATCH = 512, 4096
+"""Height and width of images in pixels, and images of a step, at most."""
 
 
 class NumpyWorker:
@@ -46,7 +49,7 @@ class NumpyWorker:
         self.velocity: Weights = {}
         self._mask: Array | None = None
         self._random = np.random.default_rng(secrets.randbits(128))  # of a defence: must not be known to the server
-        self._key: tuple[int, int] | None = None
+        self._key: tuple[int, int, int] | None = None
         self._sums: tuple[int, list[int], list[int]] = (0, [], [])
 
     @property
@@ -61,22 +64,31 @@ class NumpyWorker:
             RunError: the server's settings are not understood, or need PyTorch.
             DataError: an image cannot be decoded, or there is none.
         """
+        self.client, self.frozen = welcome.client, welcome.frozen
         try:
             self._understand(json.loads(welcome.settings))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise RunError(f"the server's settings are not understood: {error!r}") from error
-        self.client, self.frozen = welcome.client, welcome.frozen
-        if self._fixed and self._key == (self.size, self.channels):
+        key = (self.size, self.channels, self._most) if self._fixed else None
+        if key is not None and key == self._key:
             return self._sums  # it has come back
         self._sums = self._statistics()
-        self._key = (self.size, self.channels)
+        self._key = key
         return self._sums
 
     def _understand(self, told: Mapping[str, Any]) -> None:
         self.seed, self.batch = int(told["seed"]), int(told["clients"]["batch"])
         self.size, self.channels = int(told["data"]["size"]), int(told["data"]["channels"])
+        for name, value, most in (("data.size", self.size, SIZE), ("clients.batch", self.batch, BATCH)):
+            if not 1 <= value <= most:
+                raise RunError(f"the server asks for {name}={value}; accepted are 1 to {most}")
+        if self.channels not in (1, 3):
+            raise RunError(f"the server asks for data.channels={self.channels}; accepted are 1 and 3")
         self.policy = Policy.of(told["augment"])
-        self.tau, self.both_views = float(told["contrast"]["momentum"]), bool(told["contrast"]["both_views"])
+        self.tau, self.both_views = (
+            float(told["contrast"]["momentum"]),
+            bool(told["contrast"]["both_views"] and not self.frozen),
+        )
         self.averages_momentum = bool(told["sync"]["momentum"])
         self.momentum, self.decay = float(told["train"]["momentum"]), float(told["train"]["weight_decay"])
         self.defence = told["defence"]
@@ -88,10 +100,16 @@ class NumpyWorker:
         except ValueError as error:
             raise RunError(f"this client cannot compute the run's client half ({error}); use mocosfl join") from error
         self.shapes = {str(name): tuple(map(int, shape)) for name, shape in half["shapes"].items()}
-        self.description = {"layers": half["layers"], "augment": told["augment"], "defence": self.defence}
+        self.description = {
+            "layers": half["layers"],
+            "data": {"size": self.size, "channels": self.channels},
+            "traffic": {name: told["traffic"][name] for name in ("latents", "topk")},
+            "augment": told["augment"],
+            "defence": self.defence,
+        }
         # The server keeps latents of each image: it must stay the same one, also for a client that was away.
         self._fixed = bool(told["recalls"]) or not self.grows
-        self._most = int(told.get("images", 0))
+        self._most = int(told["images"]) if self.grows else 0
         self.online, self.averaged, self.velocity = {}, {}, {}
         self._mask = None
 
@@ -121,13 +139,12 @@ class NumpyWorker:
 
     def specification(self, names: frozenset[str]) -> Mapping[str, tuple[tuple[int, ...], str]]:
         """See ``client.Worker``."""
-        known = {f"{part}.{name}": shape for part in ("online", "momentum") for name, shape in self.shapes.items()}
-        known |= dict.fromkeys(("mean", "std"), (self.channels,))
-        needed = {name for name in known if not name.startswith("momentum.")}
-        if not needed <= names <= known.keys():
-            wrong = sorted((needed - names) | (names - known.keys()))
-            raise Violation(f"weights: names are missing or unknown, such as {wrong[0][:60]!r}")
-        return {name: (known[name], "float32") for name in names}
+        known = {
+            f"{part}.{name}": (shape, "float32")
+            for part in ("online", "momentum")
+            for name, shape in self.shapes.items()
+        }
+        return weights_of(names, known | dict.fromkeys(("mean", "std"), ((self.channels,), "float32")))
 
     def take(self, weights: Mapping[str, NDArray], restart: bool) -> None:
         """See ``client.Worker``."""

@@ -17,6 +17,8 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from mocosfl_device.images import cache
+
 VERSION = 1
 """Part of every key; to be raised when the same images would give other pixels, or another layout on disk."""
 
@@ -38,11 +40,6 @@ class Decoded:
     said: list[str]
 
 
-def root() -> Path:
-    """The cache folder: ``$MOCOSFL_CACHE``, or ``~/.cache/mocosfl``."""
-    return Path(os.environ.get("MOCOSFL_CACHE") or "~/.cache/mocosfl").expanduser()
-
-
 def cached(key: object, make: Callable[[Path | None], Decoded], say: Callable[[str], None]) -> Decoded:
     """Open an entry of the cache; make it first where there is none, or where it is damaged.
 
@@ -55,13 +52,13 @@ def cached(key: object, make: Callable[[Path | None], Decoded], say: Callable[[s
     Returns:
         The decoded images, their pixels memmaps of the cache's files wherever it could be written.
     """
-    folder = root() / hashlib.sha256(json.dumps([VERSION, key]).encode()).hexdigest()[:32]
+    folder = cache() / hashlib.sha256(json.dumps([VERSION, key]).encode()).hexdigest()[:32]
     found = _read(folder)
     if found is not None:
         return found
     try:
-        root().mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=root(), prefix="tmp-", ignore_cleanup_errors=True) as temporary:
+        cache().mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=cache(), prefix="tmp-", ignore_cleanup_errors=True) as temporary:
             entry = Path(temporary) / "entry"
             entry.mkdir()
             _write(make(entry), entry)
@@ -77,7 +74,7 @@ def cached(key: object, make: Callable[[Path | None], Decoded], say: Callable[[s
         return found
     except OSError as error:
         reason = error.strerror or error
-        say(f"data: cannot write the cache {root()} ({reason}); the decoded images stay in memory")
+        say(f"data: cannot write the cache {cache()} ({reason}); the decoded images stay in memory")
         return make(None)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -14,10 +13,8 @@ from mocosfl.config import DataSettings
 from mocosfl.data.decode import Item, Split, Undecoded
 from mocosfl.data.tables import read_parquet
 from mocosfl.errors import DataError
+from mocosfl_device.folders import by_folder, by_name, files_below
 from mocosfl_device.pixels import EXTENSIONS
-
-TEST_SPLITS = ("test", "validation", "valid", "val")
-"""Names that a test split goes by, the preferred one first."""
 
 
 def local_splits(path: Path, settings: DataSettings, say: Callable[[str], None]) -> dict[str, Split]:
@@ -38,7 +35,7 @@ def local_splits(path: Path, settings: DataSettings, say: Callable[[str], None])
         if path.suffix.lower() != ".parquet":
             raise DataError(f"data.source={settings.source}: a file must be a parquet file, named .parquet")
         return {"train": _parquet_split([path], settings)}
-    files = _files(path)
+    files = files_below(path)
     tables = [file for file in files if file.suffix.lower() == ".parquet"]
     images = [file for file in files if file.suffix.lower() in EXTENSIONS]
     if not tables and not images:
@@ -47,10 +44,11 @@ def local_splits(path: Path, settings: DataSettings, say: Callable[[str], None])
             f"data.source={settings.source}: the folder holds no images, {found}; accepted are parquet "
             f"files, and images named {', '.join(EXTENSIONS)}"
         )
+    names = settings.train_split, settings.test_split
     if tables:
-        groups, depth = _by_name(path, tables, settings), 0
+        groups, depth = by_name(path, tables, *names), 0
     else:
-        groups, depth = _by_folder(path, images, settings)
+        groups, depth = by_folder(path, images, *names)
     unused = set(files).difference(*groups.values())
     if unused:
         kinds = ", ".join(sorted({file.suffix or file.name for file in unused}))
@@ -58,63 +56,6 @@ def local_splits(path: Path, settings: DataSettings, say: Callable[[str], None])
     if tables:
         return {name: _parquet_split(group, settings) for name, group in groups.items()}
     return {name: _folder_split(path, group, depth) for name, group in groups.items()}
-
-
-def _files(root: Path) -> list[Path]:
-    """All files below a folder but hidden ones, sorted."""
-
-    def fail(error: OSError) -> None:
-        raise DataError(f"cannot read the folder {error.filename}: {error.strerror}") from error
-
-    files: list[Path] = []
-    seen = set()
-    for folder, below, names in os.walk(root, onerror=fail, followlinks=True):
-        # Folders of links to class folders are common, but a link back up must not be followed for ever.
-        real = os.path.realpath(folder)
-        if real in seen:
-            below.clear()
-            continue
-        seen.add(real)
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        files += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted(files)
-
-
-def _known_names(settings: DataSettings) -> set[str]:
-    """Names of splits, in lower case: Train and Test are to be refused as splits, not taken for classes."""
-    names = {"train", settings.train_split, settings.test_split or "test", *TEST_SPLITS}
-    return {name.lower() for name in names}
-
-
-def _by_name(root: Path, files: list[Path], settings: DataSettings) -> dict[str, list[Path]]:
-    """Parquet files by split, which a folder on the way names, or a word of the file's name."""
-    known = _known_names(settings)
-    groups: dict[str, list[Path]] = {}
-    for file in files:
-        letters = re.findall("[A-Za-z]+", file.stem)
-        words = [*file.relative_to(root).parts[:-1], file.stem.partition("-")[0], *letters]
-        other = letters[0] if letters else "train"
-        groups.setdefault(next((word for word in words if word.lower() in known), other), []).append(file)
-    if len(groups) == 1 and not known & {name.lower() for name in groups}:
-        return {"train": files}  # part-0, part-1 and so on
-    return groups
-
-
-def _by_folder(root: Path, files: list[Path], settings: DataSettings) -> tuple[dict[str, list[Path]], int]:
-    """Image files by split, and how many levels of folders are splits, 1 or 0.
-
-    Beside other folders, ``train`` alone does not make splits: it may be a class of vehicles.
-    """
-    groups: dict[str, list[Path]] = {}
-    for file in files:
-        first, *rest = file.relative_to(root).parts
-        if rest:
-            groups.setdefault(first, []).append(file)
-    found = {name.lower() for name in groups}
-    named = settings.train_split != "train" or settings.test_split is not None or bool(found & {*TEST_SPLITS})
-    if groups and (found <= _known_names(settings) or (settings.train_split.lower() in found and named)):
-        return groups, 1
-    return {"train": files}, 0
 
 
 # Plain paths and not the imagefolder builder of datasets: that one reads splits out of file names, obeys

@@ -15,12 +15,14 @@ import PIL
 from numpy.typing import NDArray
 
 from mocosfl.config import DataSettings
-from mocosfl.data.cache import Decoded, cached, pixels_file, root, store
+from mocosfl.data.cache import Decoded, cached, pixels_file, store
 from mocosfl.data.decode import Item, Split, Undecoded, decode, first_size
-from mocosfl.data.folders import TEST_SPLITS, local_splits
+from mocosfl.data.folders import local_splits
 from mocosfl.data.images import ImageSet
 from mocosfl.data.tables import hub_splits
 from mocosfl.errors import DataError, SettingError, nearest
+from mocosfl_device.folders import TEST_SPLITS
+from mocosfl_device.images import cache
 
 HUBS = {
     "cifar10": "uoft-cs/cifar10",
@@ -203,7 +205,7 @@ def _decode(
     if not all(split.count for split in splits):
         raise DataError(f"data.source={settings.source}: a split holds no images")
     if folder is not None:
-        say(f"data: decoding {total:,} images; they are kept in {root()} for later runs")
+        say(f"data: decoding {total:,} images; they are kept in {cache()} for later runs")
     numbers, classes, said = _number(splits)
     size = settings.size or first_size(splits[0].items(), settings.skip_corrupt)
     shape = (settings.channels, size, size)
@@ -274,7 +276,7 @@ def _divide(decoded: Decoded, settings: DataSettings, seed: int, say: Callable[[
     if stream:
         say(
             f"data: {gib:.1f} GiB of decoded images are more than data.memory={settings.memory:g} GiB; "
-            f"they are streamed from {root()}"
+            f"they are streamed from {cache()}"
         )
     sets = []
     for array, numbers, part in zip(pixels, labels, rows, strict=True):

@@ -246,6 +246,11 @@ def _notes(plan: Plan, device: Device, columns: list[Cost]) -> list[str]:
         "views through online and target network; online network and predictor travel both ways.",
     ]
     optional: list[tuple[bool, str]] = [
+        (
+            any(column.memory_in_numpy is None for column in columns[:1]),
+            "No figure for memory in numpy: mocosfl-client cannot compute this half (BatchNorm, a defence with a "
+            "loss), or a step takes more than 10 G multiply-adds.",
+        ),
         (plan.sampled, "Pools are sampled: steps, bytes and time are means over all clients."),
         (config.traffic.zstd, "traffic.zstd: bytes are those before compression; what it saves is up to the numbers."),
         (

@@ -64,10 +64,17 @@ def described(network: nn.Module) -> Description:
         return [{"kind": "torch", "network": repr(network)}]
 
 
-def shown(layers: Description, config: Config) -> dict[str, Any]:
-    """All that decides what the server sees of an image, beside the weights (``mocosfl_device.wire.fingerprint``)."""
+def shown(layers: Description, config: Config, channels: int, size: int) -> dict[str, Any]:
+    """All that decides what the server sees of an image, beside the weights (``mocosfl_device.wire.fingerprint``).
+
+    Args:
+        layers: of the client half.
+        config: the whole configuration.
+        channels, size: of the images.
+    """
     settings = {name: getattr(config, name).model_dump(mode="json") for name in ("augment", "defence")}
-    return {"layers": layers} | settings
+    codec = config.traffic.model_dump(mode="json", include={"latents", "topk"})
+    return {"layers": layers, "data": {"size": size, "channels": channels}, "traffic": codec} | settings
 
 
 def _is_square(conv: nn.Conv2d) -> bool:

@@ -100,6 +100,7 @@ class Exchange:
         pool: (P,) int64, active clients, ascending.
         sizes, starts: (P,) int64, images of each, and the row of the batch where they begin.
         step: the one under way or just done.
+        room: images that all clients may have together.
         current: its batch.
         used: (P',) int64, places in the pool of those whose latents are in it.
         online, momentum: the average halves that are handed out, by name; ``initial``, what they started from.
@@ -123,6 +124,7 @@ class Exchange:
         self.frozen = config.clients.frozen
         self.views = 2 if config.contrast.both_views else 1
         self.layers = described(half)
+        self.room: float = math.inf
         self.initial = {name: t.detach().cpu().clone() for name, t in half.state_dict().items()}
         self.online = {name: t.clone() for name, t in self.initial.items()}
         self.momentum = {name: t.clone() for name, t in self.initial.items()}
@@ -361,7 +363,9 @@ class Exchange:
     def fingerprint(self) -> str:
         """Of the half that frozen clients are handed."""
         tensors = {f"online.{name}": t.numpy() for name, t in self.online.items()}
-        return fingerprint(shown(self.layers, self.config), tensors | {"mean": self.mean, "std": self.std})
+        return fingerprint(
+            shown(self.layers, self.config, self.channels, self.size), tensors | {"mean": self.mean, "std": self.std}
+        )
 
     def _order(
         self,
@@ -503,6 +507,11 @@ class Exchange:
             Refused: it has come back with another number of images, and its latents are being kept.
         """
         before = int(self.images[session.client])
+        if before == 0 and self.images.sum() + session.images > self.room:
+            raise Refused(
+                Goodbye.REFUSED,
+                f"the server keeps latents of each image, and has no room for those of {session.images:,} more",
+            )
         if self.config.recalls and before not in (0, session.images):
             raise Refused(
                 Goodbye.REFUSED,

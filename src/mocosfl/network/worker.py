@@ -23,7 +23,7 @@ from mocosfl.models import build
 from mocosfl.models.description import described, shown
 from mocosfl.privacy.defences import defence_of
 from mocosfl_device.protocol_pb2 import Welcome
-from mocosfl_device.wire import Violation
+from mocosfl_device.wire import weights_of
 
 
 class TorchWorker:
@@ -45,6 +45,7 @@ class TorchWorker:
         self.images = count_images(source, say)
         self.description: Mapping[str, Any] = {}
         self._key: tuple[int, str] | None = None
+        self._codec: dict[str, Any] = {}
 
     def prepare(self, welcome: Welcome) -> tuple[int, list[int], list[int]]:
         """Decode the images and build the half; see ``client.Worker``.
@@ -53,9 +54,9 @@ class TorchWorker:
             RunError: the server's settings are not understood.
             DataError: the images cannot be used.
         """
-        key = (welcome.client, welcome.settings)
+        self.config = self._settings(welcome)
+        key = (welcome.client, self.config.to_yaml())
         if key != self._key:
-            self.config = self._settings(welcome)
             data = self.config.data
             self.pixels = load_unlabelled(data, self.say)
             self.sums = channel_sums(self.pixels, np.arange(len(self.pixels)))
@@ -69,8 +70,9 @@ class TorchWorker:
         try:
             told: dict[str, Any] = json.loads(welcome.settings)
             told["data"] |= {"source": self.source}
-            told["clients"] |= {"number": welcome.client + 1, "pool": 1}
+            told["clients"] |= {"number": welcome.client + 1, "pool": 1, "frozen": welcome.frozen}
             told["sync"] |= {"every": 0}
+            self._codec = {name: told["traffic"][name] for name in ("latents", "topk")}
             told["traffic"] = {}  # whoever sends the latents encodes them
             for name in ("half", "recalls", "images"):
                 told.pop(name, None)
@@ -82,7 +84,8 @@ class TorchWorker:
         config, images = self.config, self.pixels
         size, channels = images.shape[-1], images.shape[0]
         model = build(config.model, channels, size, config.seed)
-        self.description = shown(described(model.client), config)
+        agreed = config.updated({f"traffic.{name}": value for name, value in self._codec.items()})
+        self.description = shown(described(model.client), agreed, channels, size)
         held = Partition(np.arange(len(images)), np.append(np.zeros(client + 1, np.int64), len(images)))
         defence = defence_of(config, model.latent_shape, images.shape, self.device, World())
         kind = FrozenCohort if config.clients.frozen else LocalCohort
@@ -104,11 +107,7 @@ class TorchWorker:
 
     def specification(self, names: frozenset[str]) -> Mapping[str, tuple[tuple[int, ...], str]]:
         """See ``client.Worker``."""
-        needed = {name for name in self._specification if not name.startswith("momentum.")}
-        if not needed <= names <= self._specification.keys():
-            wrong = sorted((needed - names) | (names - self._specification.keys()))
-            raise Violation(f"weights: names are missing or unknown, such as {wrong[0][:60]!r}")
-        return {name: self._specification[name] for name in names}
+        return weights_of(names, self._specification)
 
     def take(self, weights: Mapping[str, NDArray], restart: bool) -> None:
         """See ``client.Worker``."""
