@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml device/pyproject.toml constraints.txt
 	@touch $@
 
 bench: $(STAMP)  ## all benchmarks, about 40 minutes on 2 cores; results in benchmarks/results
-	for name in clients compute step epoch scaling network; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in clients compute step epoch scaling network device; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 bench-gpu: $(STAMP)  ## all benchmarks and the headline run on one NVIDIA GPU, CIFAR-10 from SOURCE
 	for name in clients compute step epoch; do $(BIN)/python -m benchmarks.$$name --device cuda || exit 1; done
