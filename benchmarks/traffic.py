@@ -75,7 +75,10 @@ def figures(config: Config, folder: Path) -> dict[str, Any]:
         result = earlier.read_json("result.json")
     if result is None:
         resume = (folder / "checkpoints").exists()
-        result = mocosfl.train(config, folder, resume=resume, overwrite=not resume, console=common.console).metrics
+        done = mocosfl.train(config, folder, resume=resume, overwrite=not resume, console=common.console)
+        if not done.finished:
+            raise SystemExit(f"stopped; the same command goes on with {folder}")
+        result = done.metrics
     steps = result["steps"]
     asked = result.get("asked", {Ask.LEARN.value: steps, Ask.UPLOAD.value: 0})
     sends = steps if config.clients.frozen and not config.recalls else asked[Ask.LEARN.value] + asked[Ask.UPLOAD.value]
