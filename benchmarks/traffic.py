@@ -131,9 +131,9 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
             axes.plot(x, y, marker, color=colour, fillstyle=fill, label=f"{what}, {label}")
             if key == "linear_probe":
                 for name, a, b in zip(names, x, y, strict=True):
-                    axes.annotate(
-                        name.removesuffix(", every step"), (a, b), (4, 4), textcoords="offset points", fontsize=6
-                    )
+                    place = (4, -9) if kept else (4, 4)
+                    text = name.removesuffix(", every step")
+                    axes.annotate(text, (a, b), place, textcoords="offset points", fontsize=6)
     axes.set_xscale("log")
     axes.set_xlabel("MB of latents a client sends")
     axes.set_ylabel("test accuracy, %")
