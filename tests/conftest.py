@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +16,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    """The tests compute little at a time; several threads would mostly wait for each other."""
+    """The tests compute little at a time, and run side by side; several threads would mostly wait for each other."""
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands that they start
 
 
 @pytest.fixture(autouse=True)
