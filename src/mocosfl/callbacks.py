@@ -250,12 +250,11 @@ class Checkpoints(Callback):
 
     def after_step(self, trainer: Trainer, metrics: dict[str, Tensor]) -> None:
         """Save when it is time."""
-        cohort = trainer.cohort
-        has_all = isinstance(cohort, RecallingCohort) and cohort.has_all
-        if has_all or trainer.step % trainer.config.train.checkpoint_every == 0:
+        if isinstance(trainer.cohort, RecallingCohort) and trainer.cohort.has_all:
             self._save(trainer)
-        if isinstance(cohort, RecallingCohort) and has_all:
-            cohort.let_go()
+            trainer.cohort.let_go()
+        elif trainer.step % trainer.config.train.checkpoint_every == 0:
+            self._save(trainer)
 
     def after_training(self, trainer: Trainer) -> None:
         """Save where the run ended or was stopped."""

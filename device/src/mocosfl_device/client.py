@@ -75,8 +75,7 @@ class Worker(Protocol):
     capabilities: tuple[str, ...]
     """``learn``, ``forward``."""
     description: Mapping[str, Any]
-    """The half's layers, the augmentation before them and the defence after them, as they are computed; from
-    ``prepare`` on."""
+    """All that ``wire.fingerprint`` covers besides the weights, as it is computed; from ``prepare`` on."""
 
     @property
     def images(self) -> int:

@@ -220,7 +220,8 @@ def fingerprint(description: Mapping[str, Any], weights: Mapping[str, NDArray]) 
     from every other.
 
     Args:
-        description: ready for JSON: the half's layers, the augmentation before them, and the defence after them.
+        description: ready for JSON: the size of the images, the augmentation, the half's layers, and the defence and
+            codec after them.
         weights: by name, as the server hands them out, mean and std of the normalisation included.
 
     Returns:

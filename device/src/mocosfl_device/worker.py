@@ -85,10 +85,8 @@ class NumpyWorker:
         if self.channels not in (1, 3):
             raise RunError(f"the server asks for data.channels={self.channels}; accepted are 1 and 3")
         self.policy = Policy.of(told["augment"])
-        self.tau, self.both_views = (
-            float(told["contrast"]["momentum"]),
-            bool(told["contrast"]["both_views"] and not self.frozen),
-        )
+        self.tau = float(told["contrast"]["momentum"])
+        self.both_views = bool(told["contrast"]["both_views"]) and not self.frozen
         self.averages_momentum = bool(told["sync"]["momentum"])
         self.momentum, self.decay = float(told["train"]["momentum"]), float(told["train"]["weight_decay"])
         self.defence = told["defence"]

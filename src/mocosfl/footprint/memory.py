@@ -113,7 +113,7 @@ def of_kept_latents(plan: Plan) -> int:
     views = config.cache.views or 2
     model = build(config.model, config.data.channels, plan.size, config.seed)
     store = LatentStore(views, model.latent_shape, config.clients.number, config.traffic.latents, META)
-    return plan.images * store.latents.shape[1:].numel() * store.latents.element_size()
+    return plan.images * store.bytes_of_image
 
 
 def client_step(plan: Plan, rich: bool, device: torch.device) -> tuple[Callable[[], None], list[Tensor]]:
