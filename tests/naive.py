@@ -95,12 +95,29 @@ class NaiveCohort:
             self.clients[client].backward(piece, lr)
         return {}
 
-    def synchronise(self) -> None:
+    def synchronise(self) -> dict[str, Tensor]:
+        apart = self._divergence()
         self._hand_out("online")
         if self.config.sync.momentum:
             self._hand_out("momentum")
         for client in self.clients:
             client.contributed = 0
+        return apart
+
+    def _divergence(self) -> dict[str, Tensor]:
+        """Mean over the clients of ‖w_c − w̄‖ / ‖w̄‖, of the half and of every block."""
+        average = self.average()
+        halves = [dict(self.clients[client].online.named_parameters()) for client in self.pool]
+        found = {}
+        for block in ["", *dict.fromkeys(name.partition(".")[0] for name in halves[0])]:
+            names = [name for name in halves[0] if block in ("", name.partition(".")[0])]
+            mean = torch.cat([average[name].flatten() for name in names])
+            ratios = [
+                (torch.cat([half[name].detach().flatten() for name in names]) - mean).norm() / mean.norm()
+                for half in halves
+            ]
+            found[f"divergence/{block}".rstrip("/")] = torch.stack(ratios).mean()
+        return found
 
     def _hand_out(self, which: str) -> None:
         average = self.average(which)

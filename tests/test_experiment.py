@@ -63,7 +63,7 @@ class PoliteStop(StopAt):
 
 def without_times(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(("seconds", "images_per_second"))} for line in lines]
 
 
 POOLED = {
@@ -126,6 +126,8 @@ def test_the_run_folder(tmp_path: Path) -> None:
         "encoder.safetensors",
         "encoder.json",
         "head.safetensors",
+        "partition.npz",
+        "participation.npy",
         "curve.png",
         "result.json",
     }
@@ -140,6 +142,16 @@ def test_the_run_folder(tmp_path: Path) -> None:
     lines = without_times(tmp_path / "run")
     assert [line["step"] for line in lines if "loss" in line] == [5, 10, 12]
     assert [line["step"] for line in lines if "knn_held_out" in line] == [0, 7, 12]
+    assert [line["step"] for line in lines if "divergence" in line] == [5, 10, 12]  # of the last average before it
+    times = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    phases = ("clients", "server", "synchronise")
+    spent = {phase: sum(line.get(f"seconds/{phase}", 0) for line in times) for phase in phases}
+    assert all(spent.values())
+    assert sum(spent.values()) < times[-1]["seconds"]
+    held = np.load(tmp_path / "run/partition.npz")
+    assert held["counts"].shape == (20, 10)
+    assert held["counts"].sum() == held["images"].sum() == 1294
+    assert np.load(tmp_path / "run/participation.npy").tolist() == [24] * 20
     assert result.metrics == json.loads((tmp_path / "run/result.json").read_text())
     assert result.metrics["bank_images"] == 1438
     assert result.metrics["test_images"] == 359

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mocosfl.config import SyncSettings
-from mocosfl.sync import averaging, coordinate_median, fedavg, trimmed_mean
+from mocosfl.sync import averaging, coordinate_median, divergence, fedavg, trimmed_mean
 
 
 def test_weighted_by_images() -> None:
@@ -63,6 +63,23 @@ def test_robust_averages_equal_a_loop_over_numbers(clients: int, share: float | 
 
 
 ROBUST = [coordinate_median, partial(trimmed_mean, share=0.2)]
+
+
+def test_divergence_of_a_hand_made_case() -> None:
+    """Two clients, one at a distance of 3 and 4 from the average in its two blocks, whose lengths are 6 and 8."""
+    means = {"stem.weight": torch.tensor([6.0]), "stage.0.weight": torch.tensor([[0.0, 8.0]])}
+    deviations = {
+        "stem.weight": torch.tensor([[3.0], [0.0]]),
+        "stage.0.weight": torch.tensor([[[4.0, 0.0]], [[0.0, 0.0]]]),
+    }
+    found = divergence(deviations, means)
+    assert {name: ratios.tolist() for name, ratios in found.items()} == {
+        "divergence": [0.5, 0.0],
+        "divergence/stem": [0.5, 0.0],
+        "divergence/stage": [0.5, 0.0],
+    }
+    nothing = divergence({"a.b": torch.zeros(3, 2)}, {"a.b": torch.zeros(2)})
+    assert nothing["divergence"].tolist() == [0, 0, 0]  # and not 0 / 0
 
 
 @pytest.mark.parametrize("combine", ROBUST, ids=["median", "trimmed mean"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
@@ -31,6 +32,7 @@ class MetricsLog(Callback):
     def __init__(self, run: Run) -> None:
         self.run = run
         self.sums: dict[str, Tensor] = {}
+        self.counts: Counter[str] = Counter()  # steps that had the metric: not every step is a synchronisation
         self.count = 0
         self.seconds = 0.0  # over all resumes
         self.window = 0.0  # seconds of the steps since the last line
@@ -46,15 +48,17 @@ class MetricsLog(Callback):
         """Add to the sums; every so many steps, write their means."""
         for name, value in metrics.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+            self.counts[name] += 1
         self.count += 1
         self.window += self._tick()
         if trainer.step % trainer.config.train.log_every == 0 or trainer.step == trainer.steps:
             trainer.check()
-            means = {name: float(total) / self.count for name, total in self.sums.items()}
+            means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
             means["server_lr"], means["client_lr"] = trainer.rates
             self.window += self._tick()  # the device has caught up
             means["images_per_second"] = self.count * trainer.config.step_images / max(self.window, 1e-9)
-            self.sums, self.count, self.window = {}, 0, 0.0
+            means |= {f"seconds/{phase}": spent for phase, spent in trainer.stopwatch.read().items()}
+            self.sums, self.counts, self.count, self.window = {}, Counter(), 0, 0.0
             self.write(trainer, means)
 
     def write(self, trainer: Trainer, values: dict[str, float]) -> None:
@@ -78,11 +82,17 @@ class MetricsLog(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The sums under way and the seconds spent."""
-        return {"sums": self.sums, "count": self.count, "seconds": self.seconds, "window": self.window}
+        return {
+            "sums": self.sums,
+            "counts": dict(self.counts),
+            "count": self.count,
+            "seconds": self.seconds,
+            "window": self.window,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state_dict``'s result."""
-        self.sums, self.count = dict(state["sums"]), state["count"]
+        self.sums, self.counts, self.count = dict(state["sums"]), Counter(state["counts"]), state["count"]
         self.seconds, self.window = state["seconds"], state["window"]
 
 
@@ -114,7 +124,8 @@ class Monitor(Callback):
 
     def _measure(self, trainer: Trainer) -> None:
         began = time.monotonic()
-        accuracy = self.knn()
+        with trainer.stopwatch.phase("evaluate"):
+            accuracy = self.knn()
         self.seconds += time.monotonic() - began
         if self.log is not None:
             self.log.write(trainer, {"knn_held_out": accuracy})
@@ -262,10 +273,12 @@ class Checkpoints(Callback):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        state = trainer.state_dict()
-        if trainer.world.rank == 0:
-            apart = trainer.cohort.apart() if isinstance(trainer.cohort, RecallingCohort) else None
-            self.run.save_checkpoint(trainer.step, state, apart)
+        with trainer.stopwatch.phase("checkpoint"):
+            state = trainer.state_dict()
+            if trainer.world.rank == 0:
+                apart = trainer.cohort.apart() if isinstance(trainer.cohort, RecallingCohort) else None
+                self.run.save_checkpoint(trainer.step, state, apart)
+                self.run.write_participation(state["cohort"].get("clients", state["cohort"])["drawn"].numpy())
         self.saved = trainer.step
 
 

@@ -314,12 +314,9 @@ def _partition(args: Sequence[str]) -> int:
     from mocosfl.reporting.partition import draw, table
 
     federation = federate(given.config, partial(console.print, highlight=False, markup=False, soft_wrap=True))
-    train = federation.splits.train
-    classes = train.classes
-    if train.labels is not None and classes is not None:
-        counts = federation.partition.counts(train.labels, len(classes))
-    else:
-        classes, counts = None, federation.partition.sizes[:, None]
+    counts, classes = federation.counts
+    if counts is None:
+        counts = federation.partition.sizes[:, None]
     console.print(table(counts, classes))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     draw(counts, classes, given.out, f"{given.config.data.source}, {len(counts)} clients")

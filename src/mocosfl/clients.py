@@ -28,7 +28,7 @@ from mocosfl.distributed import World
 from mocosfl.models.side_by_side import SideBySide, Stack
 from mocosfl.privacy.defences import Defence
 from mocosfl.rounding import rounded
-from mocosfl.sync import averaging, fedavg
+from mocosfl.sync import averaging, divergence, fedavg
 from mocosfl_device.augment import AugmentParameters
 from mocosfl_device.randomness import PROTECT, bits
 
@@ -85,8 +85,13 @@ class Cohort(Protocol):
             Metrics of the clients' own losses, as tensors that nobody has waited for.
         """
 
-    def synchronise(self) -> None:
-        """Average the active clients' halves by the images each contributed since; everybody gets the average."""
+    def synchronise(self) -> dict[str, Tensor]:
+        """Average the active clients' halves by the images each contributed since; everybody gets the average.
+
+        Returns:
+            Metrics: how far the halves had moved apart (``sync.divergence``, mean over the clients), as tensors that
+            nobody has waited for. None where it is not known.
+        """
 
     def average(self) -> dict[str, Tensor]:
         """The average client half as a state dict; changes nothing."""
@@ -342,14 +347,31 @@ class LocalCohort(_Simulated):
         return upload(np.repeat(1 / of, sizes).astype(np.float32), self.device).repeat(views) / views
 
     @torch.no_grad()
-    def synchronise(self) -> None:
-        """FedAvg of the online halves, and of the momentum halves too if ``sync.momentum``."""
+    def synchronise(self) -> dict[str, Tensor]:
+        """Average the online halves, and the momentum halves too if ``sync.momentum``; see ``Cohort.synchronise``.
+
+        Nothing is known of divergence where one half stands for all.
+        """
         with record_function("clients: synchronise"):
             halves = [self.online, self.momentum] if self.config.sync.momentum else [self.online]
             stacks = [t for half in halves for t in (half.weights | half.statistics).values() if t.is_floating_point()]
-            for stack, mean in zip(stacks, self._means(stacks), strict=True):
+            means = self._means(stacks)
+            apart = {} if self.identical else self._divergence(means)
+            for stack, mean in zip(stacks, means, strict=True):
                 stack.copy_(mean.expand_as(stack))
             self.contributed[:] = 0
+        return apart
+
+    def _divergence(self, means: list[Tensor]) -> dict[str, Tensor]:
+        """Of the online weights from their averages, the first of ``means``; leaves the deviations in the weights."""
+        weights = self.online.weights
+        of = dict(zip(weights, means, strict=False))
+        for name, stack in weights.items():
+            stack.sub_(of[name])  # in place: the weights are about to be replaced
+        apart = divergence(weights, of)
+        total = torch.stack([clients.sum() for clients in apart.values()]) / len(self.pool)
+        self.world.add([total])
+        return dict(zip(apart, total, strict=True))
 
     def _means(self, stacks: list[Tensor]) -> list[Tensor]:
         """Averages over the pool, weighted by the images contributed since the last one."""
@@ -467,8 +489,9 @@ class FrozenCohort(_Simulated):
         """Never called: a frozen client is sent no gradient."""
         raise RuntimeError("frozen clients take no gradient")
 
-    def synchronise(self) -> None:
+    def synchronise(self) -> dict[str, Tensor]:
         """Nothing: all halves are the same."""
+        return {}
 
     def average(self) -> dict[str, Tensor]:
         """The half as a state dict."""

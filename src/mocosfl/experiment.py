@@ -202,6 +202,8 @@ def _start(
                 Run.create(out, config, overwrite)
             stack.enter_context(run.locked())
             run.check_data(_data_facts(command, config, federation, parts))
+            if command == "train":
+                run.write_partition(federation.partition.sizes, *federation.counts)
             if started is None:
                 run.write_fingerprints(seen(config, federation))
 
@@ -395,7 +397,7 @@ def run_to_end(
             "steps": trainer.step,
             "training_seconds": round(log.seconds, 1),
             "monitor_seconds": round(monitor.seconds, 1),
-            **trainer.latest,
+            **{name: value for name, value in trainer.latest.items() if not name.startswith("seconds/")},
         }
         if isinstance(cohort, RecallingCohort):
             metrics["asked"] = {ask.value: count for ask, count in cohort.asked.items()}

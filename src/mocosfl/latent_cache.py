@@ -410,11 +410,10 @@ class RecallingCohort:
         """Called after steps in which clients learn; see ``Cohort.backward``."""
         return self.cohort.backward(gradients, lr)
 
-    def synchronise(self) -> None:
+    def synchronise(self) -> dict[str, Tensor]:
         """Average the clients' halves, if any has moved."""
-        if self._moved:
-            self.cohort.synchronise()
-        self._moved = False
+        moved, self._moved = self._moved, False
+        return self.cohort.synchronise() if moved else {}
 
     def average(self) -> dict[str, Tensor]:
         """The average client half as a state dict."""

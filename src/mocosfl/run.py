@@ -9,6 +9,8 @@
     checkpoints/         the last two, everything needed to go on
     encoder.safetensors  the trained encoder's weights; encoder.json says how to rebuild it
     head.safetensors     the projection head's weights, for a run that goes on from this one
+    partition.npz        images of every client, and of each class where they have labels
+    participation.npy    images drawn from every client so far
     seen.npy             fingerprints of the images that the server saw before the clients started
     curve.png            loss, contrast accuracy and kNN over the run
     result.json          the figures at the end; evaluation.json those of `mocosfl evaluate`
@@ -22,7 +24,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,8 @@ FILES = (
     "encoder.safetensors",
     "encoder.json",
     "head.safetensors",
+    "partition.npz",
+    "participation.npy",
     "seen.npy",
     "curve.png",
     "result.json",
@@ -203,6 +207,25 @@ class Run:
         """Of the images that the server saw before the clients started; none where it saw none."""
         path = self.path / "seen.npy"
         return np.load(path) if path.exists() else np.zeros(0, np.uint64)
+
+    def write_partition(
+        self, images: NDArray[np.int64], counts: NDArray[np.int64] | None = None, classes: Sequence[str] | None = None
+    ) -> None:
+        """Note who holds how many images.
+
+        Args:
+            images: (N,) of every client.
+            counts: (N, C) of every client and class, where there are labels.
+            classes: names of the C classes.
+        """
+        arrays: dict[str, Any] = {"images": images}
+        if counts is not None and classes is not None:
+            arrays |= {"counts": counts, "classes": np.array(classes)}
+        write_atomically(self.path / "partition.npz", lambda file: np.savez_compressed(file, **arrays))
+
+    def write_participation(self, drawn: NDArray[np.int64]) -> None:
+        """Note how many images have been drawn from every client, (N,)."""
+        write_atomically(self.path / "participation.npy", lambda file: np.save(file, drawn))
 
     def write(self, name: str, text: str) -> None:
         """Write a text file of the run atomically."""

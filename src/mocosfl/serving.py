@@ -107,6 +107,7 @@ def serve(
         encoder.std.copy_(torch.tensor(facts["std"]))
         encoder.to(device)
         own.train.to(device)
+        stack.callback(lambda: run.write_partition(cohort.images))  # by then those who came late are known too
         cohort.begin(encoder.mean.cpu().numpy(), encoder.std.cpu().numpy())
         if config.clients.frozen:
             say(f"half:    SHA-256 {cohort.exchange.fingerprint()}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -79,6 +79,29 @@ def trimmed_mean(stack: Tensor, weights: Tensor, share: float) -> Tensor:
         return kept.amax(dim=0)
     out = min(math.ceil(share * len(kept)), (len(kept) - 1) // 2)
     return kept.sort(dim=0).values[out : len(kept) - out].mean(dim=0)
+
+
+def divergence(deviations: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """How far each client's half is from the average, relative to the average's length, ‖w_c − w̄‖ / ‖w̄‖.
+
+    Args:
+        deviations: w_c − w̄ of each parameter, (P, ...), by name.
+        means: w̄, (...).
+
+    Returns:
+        (P,) tensors: ``divergence`` of the whole half and ``divergence/BLOCK`` of each block of it, which is the first
+        part of its parameters' names.
+    """
+    off: dict[str, Tensor] = {}
+    length: dict[str, Tensor] = {}
+    for name, deviation in deviations.items():
+        # a norm needs no memory for squares, which a sum of them would
+        square = torch.linalg.vector_norm(deviation.flatten(1), dim=1).square()
+        whole = torch.linalg.vector_norm(means[name]).square()
+        for part in ("divergence", f"divergence/{name.partition('.')[0]}"):
+            off[part] = off[part] + square if part in off else square
+            length[part] = length[part] + whole if part in length else whole
+    return {part: (off[part] / length[part].clamp_min(torch.finfo(off[part].dtype).tiny)).sqrt() for part in off}
 
 
 def _taking_part(stack: Tensor, weights: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from mocosfl.data.sampler import pool_of_round
 from mocosfl.distributed import World
 from mocosfl.errors import RunError
 from mocosfl.server import Server
+from mocosfl.stopwatch import Stopwatch
 
 
 class Callback:
@@ -56,6 +57,7 @@ class Trainer:
         latest: the last value of every metric that a callback has read.
         rates: learning rates of server and clients in the last step.
         stop: set to end the run after the step under way.
+        stopwatch: where the time goes: clients, server, synchronise, and what callbacks count.
     """
 
     def __init__(
@@ -78,29 +80,34 @@ class Trainer:
         self.stop = False
         self.latest: dict[str, float] = {}
         self.rates = (0.0, 0.0)
+        self.stopwatch = Stopwatch(server.device)
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=server.device)
 
     def run(self) -> None:
         """Train from ``step`` to ``steps``."""
         for callback in self.callbacks:
             callback.before_training(self)
-        sampled = self.config.pool < self.config.clients.number
+        sampled, phase = self.config.pool < self.config.clients.number, self.stopwatch.phase
         while self.step < self.steps and not self.world.any(self.stop):
             if sampled and self.step % self.round_steps == 0:
                 self.cohort.activate(self._pool(self.step // self.round_steps))
             self.rates = server_lr, client_lr = self._learning_rates()
 
             try:
-                latents = self.cohort.forward()
+                with phase("clients"):
+                    latents = self.cohort.forward()
             except Stopped:
                 break
-            gradients, metrics = self.server.step(latents, server_lr)
+            with phase("server"):
+                gradients, metrics = self.server.step(latents, server_lr)
             if gradients is not None:
-                metrics |= self.cohort.backward(gradients, client_lr)
+                with phase("clients"):
+                    metrics |= self.cohort.backward(gradients, client_lr)
 
             self.step += 1
             if not self.config.clients.frozen and self._at_sync_point(sampled):
-                self.cohort.synchronise()
+                with phase("synchronise"):
+                    metrics |= self.cohort.synchronise()
             self._watch(metrics["loss"])
             for callback in self.callbacks:
                 callback.after_step(self, metrics)
@@ -168,6 +175,7 @@ class Trainer:
             "cohort": self.cohort.state_dict(),
             "server": self.server.state_dict(),
             "latest": self.latest,
+            "stopwatch": self.stopwatch.state_dict(),
             "callbacks": {type(c).__name__: c.state_dict() for c in self.callbacks},
         }
         finite = [t.isfinite().all() for t in _tensors(state) if t.is_floating_point()]
@@ -181,6 +189,7 @@ class Trainer:
         self.cohort.load_state_dict(state["cohort"])
         self.server.load_state_dict(state["server"])
         self.latest = dict(state["latest"])
+        self.stopwatch.load_state_dict(state["stopwatch"])
         for callback in self.callbacks:
             callback.load_state_dict(state["callbacks"].get(type(callback).__name__, {}))
 

@@ -45,6 +45,14 @@ class Federation:
         """The images that the trained encoder is evaluated on."""
         return self.splits
 
+    @property
+    def counts(self) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
+        """(N, C) images of every client and class, and the classes' names; None twice without labels."""
+        labels, classes = self.splits.train.labels, self.splits.train.classes
+        if labels is None or classes is None:
+            return None, None
+        return self.partition.counts(labels, len(classes)), classes
+
     def sampler(self, seed: int) -> ClientSampler:
         """Draws each client's images."""
         return ClientSampler(self.partition, seed)

@@ -166,9 +166,9 @@ class RemoteCohort:
         self._loop.call_soon_threadsafe(self.exchange.note_gradients, lr)
         return {}
 
-    def synchronise(self) -> None:
+    def synchronise(self) -> dict[str, Tensor]:
         """Average the halves of all who took part since the last average; all get it with their next order."""
-        self._call(self.exchange.synchronise())
+        return self._call(self.exchange.synchronise())
 
     def average(self) -> dict[str, Tensor]:
         """The average client half as a state dict; changes nothing."""

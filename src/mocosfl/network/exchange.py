@@ -22,7 +22,7 @@ from mocosfl.models.description import described, shown
 from mocosfl.network.service import Events, Gradient, Service, Session
 from mocosfl.network.settings import ServeSettings
 from mocosfl.network.welcome import client_settings
-from mocosfl.sync import averaging
+from mocosfl.sync import averaging, divergence
 from mocosfl_device.protocol_pb2 import (
     ClientMessage,
     Goodbye,
@@ -148,6 +148,8 @@ class Exchange:
         self._collect_from: set[int] = set()
         self._collected_at = -1
         self._collected_halves: Halves | None = None
+        self._apart: dict[str, Tensor] = {}  # how far those halves had moved apart
+        self._parameters = [name for name, _ in half.named_parameters()]
         self._combine = averaging(config.sync)
         kept = ("online.", "momentum.") if config.sync.momentum else ("online.",)
         self._specification: Specification = {
@@ -400,14 +402,16 @@ class Exchange:
                 first, last = self.bounds[seat]
                 session.gradient = (step, lr, array[:, first:last])
 
-    async def synchronise(self) -> None:
-        """Average, and hand the average out with the next orders."""
+    async def synchronise(self) -> dict[str, Tensor]:
+        """Average, and hand the average out with the next orders; see ``Cohort.synchronise``."""
         halves = await self.collect()
         self.contributed[:] = 0
-        if halves is not None:
-            self.online, self.momentum = halves
-            self._generation += 1
-            self._packed.clear()
+        if halves is None:
+            return {}
+        self.online, self.momentum = halves
+        self._generation += 1
+        self._packed.clear()
+        return self._apart
 
     async def used_draws(self) -> NDArray[np.int64]:
         """(N,) int64, ``drawn`` without those asked for ahead of time, which are asked for again after a resume."""
@@ -447,10 +451,15 @@ class Exchange:
             return None
         clients = sorted(self._collected)
         weights = torch.from_numpy(self.contributed[clients].astype(np.float32))
-        means = {
-            name: self._combine(torch.from_numpy(np.stack([self._collected[c][name] for c in clients])), weights)
-            for name in self._specification
-        }
+        means, deviations = {}, {}
+        for name in self._specification:
+            stack = torch.from_numpy(np.stack([self._collected[c][name] for c in clients]))
+            means[name] = self._combine(stack, weights)
+            half, _, parameter = name.partition(".")
+            if half == "online" and parameter in self._parameters:
+                deviations[parameter] = stack.sub_(means[name])
+        of = {name: means[f"online.{name}"] for name in deviations}
+        self._apart = {name: values.mean() for name, values in divergence(deviations, of).items()}
         self._collected = {}
         halves = tuple(
             {name.partition(".")[2]: mean for name, mean in means.items() if name.startswith(part)}
