@@ -15,7 +15,7 @@ from mocosfl.recipes import recipe
 
 
 def test_latents_tell_less_after_it(tmp_path: Path, cifar10: Path) -> None:
-    """A decoder that has not been trained against sees clearly less, after 124 steps with the loss than without.
+    """A decoder that has not been trained against sees clearly less, after 120 steps with the loss than without.
 
     The clients have 2,000 images, of which the server may use half.
     """
@@ -29,10 +29,11 @@ def test_latents_tell_less_after_it(tmp_path: Path, cifar10: Path) -> None:
             "pretrain.source": None,
             "pretrain.images": None,
             "pretrain.target_share": 0.5,
-            "pretrain.batch": 64,
-            "pretrain.epochs": 8,
+            "pretrain.batch": 32,
+            "pretrain.epochs": 4,
             "ressfl.warmup": 20,
             "ressfl.channels": 16,
+            "train.precision": "fp32",
             "evaluation.every": 0,
             "evaluation.probe_epochs": 0,
         }
@@ -50,8 +51,8 @@ def seen(config: Config, run: Path) -> tuple[float, float]:
     spare = federation.partition.client(config.pretrain.spare_client)
     others = np.setdiff1d(federation.train_rows, spare)[:500]
     images, known = (federation.splits.train.take(rows, "cpu").float() / 255 for rows in (spare, others))
-    victim = Victim(encoder.client, encoder.mean, encoder.std, policy_of(config.augment), bf16=True)
-    decoder = train_decoder(victim, known, Training(2, 32, 200, lr=3e-3, loss="both"), seed=0)
+    victim = Victim(encoder.client, encoder.mean, encoder.std, policy_of(config.augment))
+    decoder = train_decoder(victim, known, Training(1, 16, 150, lr=3e-3, loss="both"), seed=0)
     with torch.no_grad():
         made = decode(decoder, victim.send(images))
     return float(ssim(images, made).mean()), float(mse(images, made).mean())
