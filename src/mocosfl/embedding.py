@@ -149,7 +149,7 @@ def _schema(splits: dict[str, Undecoded], run: str, encoder: Encoder) -> pa.Sche
 
 def _are_files(splits: dict[str, Undecoded]) -> bool:
     first = next(chain.from_iterable(split.items() for split in splits.values()), None)
-    return first is not None and isinstance(first[1], Path)
+    return first is not None and isinstance(first[1], Path) and first[0] == str(first[1])  # a row may name a file too
 
 
 def _labels(split: Undecoded) -> list[Any] | None:

@@ -221,13 +221,14 @@ def _read(folder: Path, description: str, weights: str, hint: str) -> Encoder:
     """An encoder from its two files, in eval mode; ``hint`` says where they come from."""
     try:
         facts = json.loads((folder / description).read_text())
-        if facts["format"] != FORMAT:
-            raise RunError(f"{folder}/{description} has format {facts['format']}; this version reads {FORMAT}")
+        if (found := facts.get("format")) != FORMAT:
+            what = "is not of an encoder of mocosfl" if found is None else f"has format {found}"
+            raise RunError(f"{folder}/{description} {what}; this version reads format {FORMAT}")
         encoder = Encoder(ModelSettings.model_validate(facts["model"]), facts["channels"], facts["size"])
         encoder.load_state_dict(load_file(folder / weights))
     except FileNotFoundError as error:
         missing = Path(error.filename or weights).name
         raise RunError(f"{folder} holds no encoder: {missing} is missing ({hint})") from error
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         raise RunError(f"the encoder in {folder} cannot be read: {error}") from error
     return encoder.eval()

@@ -45,7 +45,7 @@ def model_card(run: Run, encoder: Encoder, license: str | None) -> str:
         "Use": _use(encoder),
         "Data": _data(run, settings, encoder, figures),
         "Clients": _clients(run, settings, encoder),
-        "Who saw what": _seen(run, settings),
+        "Who saw what": _seen(run, settings, figures),
         "Figures": _figures(run, settings, figures),
         "All settings": f"```yaml\n{settings.to_yaml()}```",
     }
@@ -192,7 +192,7 @@ def _clients(run: Run, settings: Config, encoder: Encoder) -> str:
     )
 
 
-def _seen(run: Run, settings: Config) -> str:
+def _seen(run: Run, settings: Config, figures: dict[str, Any]) -> str:
     lines = []
     if run.command == "pretrain":
         if settings.pretrain.source:
@@ -209,10 +209,10 @@ def _seen(run: Run, settings: Config) -> str:
             "- Clients were simulated: all images were on one machine. The server half was trained on latents alone; "
             "who reads latents can try to turn them back into images."
         )
-        if settings.data.held_out:
+        if "knn_held_out" in figures:
             lines.append(
-                f"- A share of {settings.data.held_out:g} of the training images was with no client, if they have "
-                "labels; the server used it to watch the training, and for nothing else."
+                f"- A share of {settings.data.held_out:g} of the training split was with no client: the server had it, "
+                "with labels, to watch the training."
             )
     if settings.clients.init:
         seen = len(run.fingerprints())

@@ -18,7 +18,7 @@ from mocosfl.errors import RunError, SettingError
 from mocosfl.exporting.card import model_card
 from mocosfl.exporting.to_onnx import to_onnx
 from mocosfl.exporting.torchvision import torchvision_weights
-from mocosfl.files import write_atomically
+from mocosfl.files import remove_unfinished, write_atomically
 from mocosfl.models.description import describe
 from mocosfl.models.layers import with_plain_filters
 from mocosfl.run import Run
@@ -103,6 +103,7 @@ def export(
             left_out[kind] = str(error)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(folder)
         for name in set(FILES) - made.keys():
             (folder / name).unlink(missing_ok=True)
         for name, (content, _) in made.items():
