@@ -1,26 +1,17 @@
 """Runs that have ended, without having been trained."""
 
-from collections.abc import Callable
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from mocosfl.config import Config
 from mocosfl.encoder import Encoder
 from mocosfl.run import Run
 
-Finished = Callable[..., Run]
+sys.path.insert(0, str(Path(__file__).parent))
 
-
-def shaken(encoder: Encoder) -> Encoder:
-    """Norms that do nothing, and a normalisation that does nothing, would hide mistakes."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, tensor in encoder.state_dict().items():
-            if tensor.ndim == 1 and tensor.is_floating_point():
-                tensor.add_(0.2 * torch.rand(tensor.shape, generator=generator) + ("std" in name) * -0.7)
-    return encoder.eval()
+from shaken import Finished, shaken
 
 
 @pytest.fixture

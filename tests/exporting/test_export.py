@@ -11,7 +11,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from safetensors.numpy import load_file
-from tests.exporting.conftest import Finished
+from shaken import Finished
 
 import mocosfl
 from mocosfl.cli import main

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tests.exporting.conftest import shaken
+from shaken import shaken
 from torch import Tensor, nn
 
 from mocosfl.config import ModelSettings

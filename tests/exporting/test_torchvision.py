@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load, save
-from tests.exporting.conftest import shaken
+from shaken import shaken
 from torch import Tensor, nn
 
 from mocosfl.config import ModelSettings
