@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich import box
@@ -73,6 +73,45 @@ class AttackArguments:
     """Instead: put runs that have been attacked side by side, as a table and a picture."""
     out: Path = Path("privacy.png")
     """Picture of --compare."""
+
+
+@dataclass
+class ExportArguments:
+    """Write the encoder of a finished run for use elsewhere: with a model card in the layout of the Hugging Face hub,
+    as ONNX, for ResNets of torchvision and timm; and the client half alone."""
+
+    run: tyro.conf.Positional[Path]
+    """The run folder."""
+    out: Path | None = None
+    """Folder to write. Unset: export in the run folder."""
+    formats: tuple[Literal["huggingface", "onnx", "client", "torchvision"], ...] = ()
+    """What to write. Unset: all that this encoder can have; what it cannot is said."""
+    license: str | None = None
+    """Licence of the weights for the model card, such as apache-2.0. Unset: unknown."""
+    overwrite: bool = False
+    """Replace the export in the folder."""
+
+
+@dataclass
+class EmbedArguments:
+    """Compute features of your images with a trained encoder, and write them to a parquet file."""
+
+    run: tyro.conf.Positional[Path]
+    """The run folder, or a folder that `mocosfl export` has written."""
+    data: str
+    """The images: a folder of images, a parquet file or folder, or anything else that --data.source takes."""
+    out: Path = Path("features.parquet")
+    """File to write."""
+    image_column: str | None = None
+    """Column of the images. Unset: the one column that holds images."""
+    label_column: str | None = None
+    """Column of the labels. Unset: label, labels, fine_label or the one class column."""
+    skip_corrupt: bool = False
+    """Leave out images that cannot be decoded, and count them. Off: the first one ends the command, with its path."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto."""
+    overwrite: bool = False
+    """Replace the file if it is there."""
 
 
 @dataclass
@@ -253,6 +292,37 @@ def _attack(args: Sequence[str]) -> int:
     return 0
 
 
+def _export(args: Sequence[str]) -> int:
+    given = tyro.cli(ExportArguments, prog="mocosfl export", args=args)
+    from mocosfl.exporting.export import export
+
+    done = export(given.run, given.out, given.formats, given.license, given.overwrite)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    for path, what in done.files.items():
+        say(f"{path}: {what}")
+    for name, reason in done.left_out.items():
+        say(f"left out, {name}: {reason}")
+    return 0
+
+
+def _embed(args: Sequence[str]) -> int:
+    given = tyro.cli(EmbedArguments, prog="mocosfl embed", args=args)
+    from mocosfl.embedding import embed
+
+    embed(
+        given.run,
+        given.data,
+        given.out,
+        image_column=given.image_column,
+        label_column=given.label_column,
+        skip_corrupt=given.skip_corrupt,
+        device=given.device,
+        overwrite=given.overwrite,
+        console=console,
+    )
+    return 0
+
+
 def _print_figures(metrics: dict[str, Any]) -> None:
     rows = [
         ("kNN of the untrained encoder", "knn_untrained"),
@@ -421,6 +491,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train an encoder, or resume a run"),
     "pretrain": (_pretrain, "train a client half that resists inversion, before any client takes part"),
     "evaluate": (_evaluate, "kNN and linear probe of a finished run"),
+    "embed": (_embed, "features of your images by a trained encoder, as a parquet file"),
+    "export": (_export, "a trained encoder for use elsewhere: Hugging Face layout, ONNX, torchvision, client half"),
     "attack": (_attack, "what the server could see of a client's images: reconstructions and scores"),
     "serve": (_serve, "train with clients that join over the network"),
     "join": (_join, "be such a client"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,6 +21,9 @@ from mocosfl.models import build
 
 FORMAT = 1
 
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+"""Files of an encoder in the layout of the Hugging Face hub."""
+
 
 class Encoder(nn.Module):
     """Client half and server half in one, without the projection head.
@@ -33,10 +38,12 @@ class Encoder(nn.Module):
         client, server: the halves.
         mean, std: (C,) buffers, of the training images in [0, 1].
         features: width of the features.
+        card: its model card, where it has one.
     """
 
     mean: Tensor
     std: Tensor
+    card: str = ""
 
     def __init__(self, settings: ModelSettings, channels: int, size: int, seed: int = 0) -> None:
         super().__init__()
@@ -75,25 +82,98 @@ class Encoder(nn.Module):
             facts: written to the JSON beside what rebuilding needs.
         """
         save_weights(self, folder / "encoder.safetensors")
-        text = json.dumps(
-            {
-                "format": FORMAT,
-                "model": self.settings.model_dump(mode="json"),
-                "channels": self.channels,
-                "size": self.size,
-                "features": self.features,
-                "input": "float32 images in [0, 1], (n, channels, size, size); normalisation is inside",
-                **facts,
-            },
-            indent=2,
-        )
-        write_atomically(folder / "encoder.json", lambda file: file.write(text.encode() + b"\n"))
+        text = self._description(facts)
+        write_atomically(folder / "encoder.json", lambda file: file.write(text))
+
+    def _description(self, facts: dict[str, Any]) -> bytes:
+        values = {
+            "format": FORMAT,
+            "model": self.settings.model_dump(mode="json"),
+            "channels": self.channels,
+            "size": self.size,
+            "features": self.features,
+            "input": "float32 images in [0, 1], (n, channels, size, size); normalisation is inside",
+            **facts,
+        }
+        return json.dumps(values, indent=2).encode() + b"\n"
+
+    def pretrained_files(self) -> dict[str, bytes]:
+        """What ``from_pretrained`` reads, by file name, with the model card if there is one."""
+        files = {CONFIG: self._description({}), WEIGHTS: weights_of(self)}
+        return files | ({CARD: self.card.encode()} if self.card else {})
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        device: str | torch.device = "cpu",
+    ) -> Encoder:
+        """Load an encoder that `mocosfl export` has written, or that ``push_to_hub`` has uploaded.
+
+        Args:
+            source: a folder, or owner/name on the Hugging Face hub.
+            revision: branch, tag or commit on the hub. Unset: the latest.
+            token: to log in to the hub with. Unset: that of `hf auth login`.
+            device: where to put it.
+
+        Returns:
+            A module in eval mode, as ``load_encoder``'s, with its model card.
+
+        Raises:
+            RunError: there is no encoder, or it cannot be read or downloaded.
+        """
+        folder = Path(source)
+        if not folder.is_dir():
+            if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
+                raise RunError(f"{source}: there is no such folder, and it is not owner/name on the Hugging Face hub")
+            folder = _downloaded(str(source), revision, token)
+        if not (folder / CONFIG).exists() and (folder / "encoder.json").exists():
+            raise RunError(f"{source} is a run: load it with load_encoder, or what `mocosfl export` makes of it here")
+        encoder = _read(folder, CONFIG, WEIGHTS, "mocosfl export RUN --out FOLDER writes such a folder").to(device)
+        if (folder / CARD).exists():
+            encoder.card = (folder / CARD).read_text(encoding="utf-8")
+        return encoder
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload the encoder and its model card to the Hugging Face hub, where ``from_pretrained`` finds them.
+
+        Args:
+            repo_id: owner/name; made if it is not there.
+            private: whether a new one is private. Unset: as its owner has chosen.
+            token: to log in with. Unset: that of `hf auth login`.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            RunError: there is no model card: nobody could know what the encoder is.
+        """
+        if not self.card:
+            raise RunError(
+                f"{repo_id}: the encoder has no model card to upload; export the run (mocosfl export RUN), and push "
+                "what Encoder.from_pretrained loads from there"
+            )
+        from huggingface_hub import HfApi  # takes a while, which nothing else need wait for
+
+        api = HfApi(token=token)
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with TemporaryDirectory() as folder:
+            for name, content in self.pretrained_files().items():
+                Path(folder, name).write_bytes(content)
+            return api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload an encoder of mocosfl")
+
+
+def weights_of(module: nn.Module) -> bytes:
+    """A module's weights as safetensors."""
+    return save({name: tensor.cpu().contiguous() for name, tensor in module.state_dict().items()})
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
     """Write a module's weights as safetensors."""
-    weights = {name: tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}
-    write_atomically(path, lambda file: file.write(save(weights)))
+    write_atomically(path, lambda file: file.write(weights_of(module)))
 
 
 def load_head(run: str | Path) -> dict[str, Tensor]:
@@ -124,18 +204,31 @@ def load_encoder(run: str | Path, device: str | torch.device = "cpu") -> Encoder
     Raises:
         RunError: there is no encoder, or it cannot be read.
     """
-    run = Path(run)
+    return _read(Path(run), "encoder.json", "encoder.safetensors", "it is written when training ends").to(device)
+
+
+def _downloaded(repo_id: str, revision: str | None, token: str | None) -> Path:
+    """The folder that an encoder on the Hugging Face hub was downloaded to."""
+    from huggingface_hub import snapshot_download
+
     try:
-        facts = json.loads((run / "encoder.json").read_text())
-        if facts["format"] != FORMAT:
-            raise RunError(f"{run}/encoder.json has format {facts['format']}; this version reads {FORMAT}")
+        return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=[CONFIG, WEIGHTS, CARD]))
+    except Exception as error:  # huggingface_hub and its transports each have errors of their own
+        raise RunError(f"{repo_id} cannot be loaded from the Hugging Face hub: {error}") from error
+
+
+def _read(folder: Path, description: str, weights: str, hint: str) -> Encoder:
+    """An encoder from its two files, in eval mode; ``hint`` says where they come from."""
+    try:
+        facts = json.loads((folder / description).read_text())
+        if (found := facts.get("format")) != FORMAT:
+            what = "is not of an encoder of mocosfl" if found is None else f"has format {found}"
+            raise RunError(f"{folder}/{description} {what}; this version reads format {FORMAT}")
         encoder = Encoder(ModelSettings.model_validate(facts["model"]), facts["channels"], facts["size"])
-        encoder.load_state_dict(load_file(run / "encoder.safetensors"))
+        encoder.load_state_dict(load_file(folder / weights))
     except FileNotFoundError as error:
-        raise RunError(
-            f"{run} holds no encoder: {Path(error.filename or 'encoder.safetensors').name} is missing "
-            "(it is written when training ends)"
-        ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise RunError(f"the encoder in {run} cannot be read: {error}") from error
-    return encoder.to(device).eval()
+        missing = Path(error.filename or weights).name
+        raise RunError(f"{folder} holds no encoder: {missing} is missing ({hint})") from error
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise RunError(f"the encoder in {folder} cannot be read: {error}") from error
+    return encoder.eval()

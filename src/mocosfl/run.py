@@ -16,6 +16,7 @@
     result.json          the figures at the end; evaluation.json those of `mocosfl evaluate`
     events.jsonl         of `mocosfl serve`: joins, refusals, late clients and so on, with client and address
     privacy.json         what `mocosfl attack` found; reconstructions.png shows it
+    export/              what `mocosfl export` has written
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ FILES = (
     "evaluation.json",
     "privacy.json",
     "reconstructions.png",
+    "export",
     "events.jsonl",
     "events.jsonl.1",
     "events.jsonl.2",

@@ -72,7 +72,7 @@ def load(settings: DataSettings, seed: int, say: Callable[[str], None] = print) 
         DataError: the source is missing, empty, damaged or unreachable.
         SettingError: a split, a column or more images are asked for than there are.
     """
-    splits = _find(settings, say)
+    splits = find_splits(settings, say)
     chosen = _choose(splits, settings)
     return _divide(_decoded(chosen, settings, say), settings, seed, say)
 
@@ -111,7 +111,7 @@ def count_training_images(settings: DataSettings, seed: int, say: Callable[[str]
     Raises:
         DataError, SettingError: as ``load``.
     """
-    chosen = _choose(_find(settings, say), settings)
+    chosen = _choose(find_splits(settings, say), settings)
     split = chosen[0].read()
     if split.labels is None:
         return split.count, False
@@ -122,11 +122,15 @@ def count_training_images(settings: DataSettings, seed: int, say: Callable[[str]
 
 
 def _training_split(settings: DataSettings, say: Callable[[str], None]) -> Split:
-    return _choose(_find(settings, say), settings)[0]
+    return _choose(find_splits(settings, say), settings)[0]
 
 
-def _find(settings: DataSettings, say: Callable[[str], None]) -> dict[str, Split]:
-    """The source's splits by name."""
+def find_splits(settings: DataSettings, say: Callable[[str], None]) -> dict[str, Split]:
+    """A source's splits by name, before any image is decoded.
+
+    Raises:
+        DataError, SettingError: there is no such source.
+    """
     source = settings.source
     if source == "digits":
         return {"train": Split("digits", _digits)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -47,6 +48,27 @@ def standardised(filters: Tensor) -> Tensor:
     share = (n - 1) / n
     w = (F.layer_norm(w.flatten(1), (n,), eps=1e-10 * share) * share**0.5).view(w.shape)
     return w.permute(0, 3, 1, 2) if channels_last else w
+
+
+def with_plain_filters(network: nn.Module) -> nn.Module:
+    """A copy in eval mode whose standardised convolutions are ordinary ones, of the filters that they used.
+
+    It computes the same numbers.
+    """
+    network = copy.deepcopy(network).eval()
+    for name, conv in list(network.named_modules()):
+        if isinstance(conv, WSConv2d):
+            plain = nn.Conv2d(
+                conv.in_channels,
+                conv.out_channels,
+                conv.kernel_size,  # type: ignore[arg-type]
+                conv.stride,  # type: ignore[arg-type]
+                conv.padding,  # type: ignore[arg-type]
+                bias=conv.bias is not None,
+            )
+            plain.weight, plain.bias = nn.Parameter(standardised(conv.weight.detach())), conv.bias
+            network.set_submodule(name, plain)
+    return network
 
 
 class GroupNorm(nn.GroupNorm):
