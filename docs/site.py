@@ -1,8 +1,8 @@
 """What mkdocs does beside turning pages to HTML (a hook, see mkdocs.yml).
 
-Pages that lie elsewhere in the repository take part in the site, links between files of the repository become links between
-pages, and reference pages are filled from the code: settings from the types in ``mocosfl.config``, commands from the
-command line. Nothing of that is kept in a file, so nothing can grow old.
+Pages that lie elsewhere in the repository take part in the site, links between files become links between pages, and
+reference pages are filled from the code: settings from the types in ``mocosfl.config``, commands from the command
+line. Nothing of that is kept in a file, so nothing can grow old.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ ELSEWHERE = {
     "benchmarks/README.md": "benchmarks.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "LICENSE": "LICENSE.txt",
+    "CITATION.cff": "CITATION.cff",
+    "examples/digits.ipynb": "examples/digits.ipynb",
 }
-"""Files of the repository that are pages of the site, and their places in it."""
+"""Files of the repository that take part in the site, and their places in it."""
 
-WIDTH = 96
+WIDTH = 80
 """Characters of a line of help."""
 
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
@@ -38,7 +41,7 @@ FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages that do not lie in ``docs/``."""
+    """Add what does not lie in ``docs/``."""
     for source, place in ELSEWHERE.items():
         files.append(File.generated(config, place, content=(ROOT / source).read_text(encoding="utf-8")))
     return files
@@ -93,7 +96,7 @@ def rows(settings: Any, prefix: str) -> list[str]:
     """The settings of one group, without groups within it, as a table."""
     from mocosfl.config import Settings
 
-    lines = ["| setting | accepts | default | |", "| --- | --- | --- | --- |"]
+    lines = ['<div class="settings" markdown>', "", "| setting | accepts | default | |", "| --- | --- | --- | --- |"]
     for name, field in settings.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
             continue
@@ -106,7 +109,7 @@ def rows(settings: Any, prefix: str) -> list[str]:
             prose(field.description or ""),
         )
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    return [*lines, "{ .settings }", ""]
+    return [*lines, "", "</div>", ""]
 
 
 def accepted(kind: Any, limits: list[Any]) -> str:
@@ -171,7 +174,7 @@ def commands_page() -> str:
 @contextlib.contextmanager
 def terminal() -> Iterator[None]:
     """A terminal of fixed width, without colours."""
-    wanted = {"COLUMNS": str(WIDTH), "NO_COLOR": "1", "TERM": "dumb"}
+    wanted = {"COLUMNS": str(WIDTH), "NO_COLOR": "1"}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
@@ -185,9 +188,11 @@ def printed(command: str) -> str:
     """What ``mocosfl COMMAND --help`` prints."""
     from mocosfl.cli import main
 
-    with terminal(), contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # so that boxes are drawn as they are in a terminal
+    with terminal(), contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         main([command, "--help"])
-    return out.getvalue().rstrip()
+    out.seek(0)
+    return out.read().rstrip()
 
 
 def without_settings(text: str) -> tuple[str, bool]:

@@ -22,10 +22,10 @@ from mocosfl_device.cli import parser as client_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
-    path.relative_to(ROOT).as_posix()
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md")
-    + tuple((ROOT / "docs").rglob("*.md"))
-    + (ROOT / "device/README.md", ROOT / "benchmarks/README.md")
+    [
+        *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "device/README.md", "benchmarks/README.md"),
+        *(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")),
+    ]
 )
 SHELL, PYTHON = {"sh", "bash", "shell", "console"}, {"python", "py"}
 FENCE = re.compile(r"^(?P<fence>```+)(?P<language>[\w-]*)[^\n]*\n(?P<code>.*?)^(?P=fence)`*$", re.MULTILINE | re.DOTALL)
@@ -84,7 +84,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("page", RUN)
 def test_blocks_run(page: str, commands: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All blocks of a page in order, in one empty folder; each must end well. Python runs here, to import torch once."""
+    """All blocks of a page in order, in one empty folder. Python runs in this process, where torch is imported."""
     monkeypatch.chdir(tmp_path)
     environment = os.environ | {"PATH": f"{commands}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "120"}
     for block in blocks(page):
@@ -114,9 +114,9 @@ def test_blocks_that_are_not_run_say_why() -> None:
             if not block.language:
                 words = {line.split()[0] for line in block.code.splitlines() if line.strip()}
                 assert not words & {"mocosfl", "mocosfl-client", "pip", "make", "python", "torchrun", "$"}, where
-        assert len(re.findall("^<!-- not run:", text_of(page), re.MULTILINE)) == sum(b.why is not None for b in blocks(page)), (
-            f"{page}: a mark stands before no block"
-        )
+        assert len(re.findall("^<!-- not run:", text_of(page), re.MULTILINE)) == sum(
+            b.why is not None for b in blocks(page)
+        ), f"{page}: a mark stands before no block"
 
 
 # Links
@@ -235,12 +235,12 @@ def quoted() -> list[str]:
     """The messages of the page on troubleshooting; lines that are indented go on with the one before."""
     messages: list[str] = []
     for block in blocks("docs/troubleshooting.md"):
-        if block.language != "error":
+        if block.language != "text":
             continue
         for line in block.code.splitlines():
-            if line.startswith("  ") or line.startswith("resume it"):
+            if line.startswith(("  ", "resume it")):
                 messages[-1] += f"\n{line}"
-            else:
+            elif line:
                 messages.append(line)
     return messages
 
