@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 WAITING := tests/network
 
-.PHONY: demo test soak lint bench bench-gpu proto clean
+.PHONY: demo test soak lint docs wheels bench bench-gpu proto clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)  ## train 100 clients with two kinds of digits each, then print the result
@@ -22,6 +22,13 @@ lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMP)  ## the site, in build/site; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+wheels: $(STAMP)  ## wheel and sdist of mocosfl-client and mocosfl, in dist
+	$(BIN)/python -m build --no-isolation --outdir dist device
+	$(BIN)/python -m build --no-isolation --outdir dist
 
 $(STAMP): pyproject.toml device/pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mocosfl.config import Config
     from mocosfl.encoder import Encoder, load_encoder
-    from mocosfl.experiment import Result, evaluate, train
+    from mocosfl.experiment import Result, evaluate, pretrain, train
     from mocosfl.recipes import recipe
 
 __version__ = version("mocosfl")
-__all__ = ["Config", "Encoder", "Result", "evaluate", "load_encoder", "recipe", "train"]
+__all__ = ["Config", "Encoder", "Result", "evaluate", "load_encoder", "pretrain", "recipe", "train"]
 
 _HOME = {
     "Config": "mocosfl.config",
@@ -24,6 +24,7 @@ _HOME = {
     "Result": "mocosfl.experiment",
     "evaluate": "mocosfl.experiment",
     "load_encoder": "mocosfl.encoder",
+    "pretrain": "mocosfl.experiment",
     "recipe": "mocosfl.recipes",
     "train": "mocosfl.experiment",
 }

@@ -167,7 +167,7 @@ class ContrastSettings(Settings):
     """Contrast the two views both ways, and sum the losses (MoCo v2 as published in the paper)."""
     both_views: bool = False
     """Let both views train the client half. Doubles what a client computes and sends; needs symmetric. Measured: no
-    gain (README)."""
+    gain (docs/experiments.md)."""
     feature_sharing: bool = True
     """One queue for all clients. Off: every client's keys are its own only negatives, K / N keys each."""
 
@@ -202,7 +202,7 @@ class ClientSettings(Settings):
     lr_scale: Literal["batch_mean", "per_client_mean"] = "batch_mean"
     """batch_mean: a client's gradient is its share of the mean loss over the concatenated batch (as published).
     per_client_mean: it is that of the mean loss of its own images, as many times larger as the whole batch is larger
-    than its own. Measured: batch_mean is better (README)."""
+    than its own. Measured: batch_mean is better (docs/experiments.md)."""
     init: str | None = None
     """Run folder whose client half every client starts from, and whose normalisation it uses: one of
     `mocosfl pretrain`, or any other that is finished."""
