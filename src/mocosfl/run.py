@@ -14,6 +14,7 @@
     result.json          the figures at the end; evaluation.json those of `mocosfl evaluate`
     events.jsonl         of `mocosfl serve`: joins, refusals, late clients and so on, with client and address
     privacy.json         what `mocosfl attack` found; reconstructions.png shows it
+    report.html          all of it as a page, by `mocosfl report`
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ FILES = (
     "evaluation.json",
     "privacy.json",
     "reconstructions.png",
+    "report.html",
     "events.jsonl",
     "events.jsonl.1",
     "events.jsonl.2",

@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 from torch.nn import functional as F
 
 from mocosfl.config import Config
@@ -108,6 +106,9 @@ def examples(path: Path, device: torch.device, say: Callable[[str], None]) -> Ex
 
 def placed(features: NDArray[np.float32]) -> NDArray[np.float32]:
     """Places on a map, (n, 2), such that images with like features are near each other: PCA, then t-SNE."""
+    from sklearn.decomposition import PCA  # takes a second to import
+    from sklearn.manifold import TSNE
+
     count, width = features.shape
     fewer = PCA(min(COMPONENTS, count, width), random_state=0).fit_transform(features)
     return TSNE(perplexity=min(PERPLEXITY, (count - 1) / 3), init="pca", random_state=0).fit_transform(fewer)

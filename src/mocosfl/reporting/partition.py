@@ -96,9 +96,9 @@ def draw(counts: np.ndarray, class_names: Sequence[str] | None, path: str | Path
         bottom.set_xticks(np.arange(clients) + 0.5, [str(client) for client in range(clients)])
         bottom.set_xlabel("client")
     else:
-        order = "volume" if class_names is None else "largest class"
+        by = "volume" if class_names is None else "largest class"
         columns = f", {shared} a column" if shared > 1 else ""
-        bottom.set_xlabel(f"{clients:,} clients in order of their {order}{columns}")
+        bottom.set_xlabel(f"{clients:,} clients in order of their {by}{columns}")
         bottom.xaxis.set_major_formatter("{x:,.0f}")
     write_atomically(Path(path), lambda file: figure.savefig(file, format="png", dpi=150))
 

@@ -268,8 +268,8 @@ class Reader:
 
     def _counted(self, images: int | None) -> dict[str, Traffic] | Missing:
         """Bytes of the whole run, counted once: it takes a moment."""
-        size = self._file("encoder.json", lambda path: int(_json(path)["size"]), "")
-        size = self.size if isinstance(size, Missing) else size
+        found = self._file("encoder.json", lambda path: int(_json(path)["size"]), "")
+        size = self.size if isinstance(found, Missing) else found
         key = (images, size)
         if self._known.get("counted", (None,))[0] != key:
             self._known["counted"] = key, _count(self.run.config, images, size)
