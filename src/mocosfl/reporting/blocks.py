@@ -22,7 +22,7 @@ class Plot:
 
     Attributes:
         name: unique on the page.
-        title: above it.
+        title: above it; may be empty.
         says: for those who cannot see it.
         figure: data and layout; colours are names of CSS variables, ``var(--c0)``.
         height: in pixels.
@@ -80,13 +80,14 @@ class Cell:
     Attributes:
         source: of the picture; None where no pictures are wanted.
         says: what it is, for those who cannot see it.
-        label: below it.
+        label, below: under it.
         same: whether its class is that of the query; None where that is not known, or it is the query.
     """
 
     source: str | None
     says: str
     label: str
+    below: str = ""
     same: bool | None = None
 
 

@@ -216,11 +216,11 @@ def _number(run: Contents) -> tuple[str, str]:
 
 def _bytes_of_client(run: Contents) -> tuple[str, str]:
     if run.measured is not None:
-        return size(sum(run.measured) / run.config.clients.number), "both ways, measured, so far"
+        return size(sum(run.measured) / run.config.clients.number), "both ways, measured"
     if isinstance(run.counted, Missing):
         return "–", ""
     first = next(iter(run.counted.values()))
-    return size(sum(first.run.values())), "both ways, counted, whole run"
+    return size(sum(first.run.values())), "both ways, counted"
 
 
 def _whole_time(run: Contents) -> tuple[str, str]:

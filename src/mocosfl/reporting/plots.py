@@ -133,7 +133,7 @@ def figure_of(
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": "system-ui, sans-serif", "size": 12, "color": "var(--ink)"},
-        "margin": {"l": 44, "r": 12, "t": 28, "b": 40},
+        "margin": {"l": 44, "r": 12, "t": 12, "b": 40},
         "xaxis": axis(x),
         "yaxis": axis(y),
         "hovermode": hover,
@@ -144,7 +144,14 @@ def figure_of(
             "namelength": 30,
         },
         "showlegend": legend,
-        "legend": {"orientation": "h", "y": -0.18, "yanchor": "top", "x": 0},
+        "legend": {
+            "orientation": "h",
+            "yref": "container",
+            "y": 0,
+            "yanchor": "bottom",
+            "x": 0,
+            "traceorder": "normal",
+        },
         "uirevision": "kept",  # zoom and hidden lines stay when new data come
     }
     return {"data": traces, "layout": layout}
@@ -201,6 +208,7 @@ def heat_map(number: int, held: Held) -> Plot:
         "z": [[None if value == 0 else round(float(value), 2) for value in row] for row in shown.T],
         "colorscale": [[place / 3, f"var(--heat{place})"] for place in range(4)],
         "zmin": 0,
+        "zmax": max(1, float(shown.max())),
         "xgap": 1 if columns <= 150 else 0,
         "ygap": 1 if len(classes) <= 30 else 0,
         "hovertemplate": "%{x}<br>%{y}: %{z:,} " + each + "<extra></extra>",
@@ -239,9 +247,9 @@ def stacked_bars(name: str, title: str, bars: Sequence[tuple[str, str, dict[str,
                 "marker": {"color": colour(place)},
             }
         )
-    figure = figure_of(traces, "bytes", "", legend=True, hover="closest")
+    figure = figure_of(traces, "", "", legend=True, hover="closest")
     figure["layout"] |= {"barmode": "stack", "bargap": 0.35}
-    figure["layout"]["xaxis"] |= {"exponentformat": "SI", "ticksuffix": "B", "nticks": 6}
+    figure["layout"]["xaxis"] |= {"exponentformat": "SI", "ticksuffix": "B", "nticks": 5}
     figure["layout"]["yaxis"] |= {"type": "category", "autorange": "reversed", "showgrid": False}
     return Plot(name, title, f"{title}, by kind", figure, 130 + 38 * len(bars))
 
@@ -272,12 +280,12 @@ def scatter(number: int, found: Examples, images: bool) -> Plot:
         )
     figure = figure_of(traces, "", "", legend=len(traces) <= 20, hover="closest")
     for axis in ("xaxis", "yaxis"):
-        figure["layout"][axis] |= {"showticklabels": False, "showgrid": False, "zeroline": False}
+        figure["layout"][axis] |= {"showticklabels": False, "showgrid": False, "zeroline": False, "showline": False}
     figure["layout"]["yaxis"] |= {"scaleanchor": "x"}
     if images:
         figure["pictures"] = _sheet(found.images)
     says = f"Map of the features of {len(found.images):,} images"
-    return Plot(f"map-{number}", "Map of features", says, figure, 520)
+    return Plot(f"map-{number}", "", says, figure, 520)
 
 
 def _sheet(images: NDArray[np.uint8]) -> dict[str, Any]:

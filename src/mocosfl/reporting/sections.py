@@ -311,8 +311,8 @@ def traffic(runs: Sequence[Shown]) -> Section:
         "traffic",
         "Bytes by direction",
         "Counted: the tensors that cross between one client and the server in a run in which nobody is late, as "
-        "mocosfl cost counts them; simulated clients send nothing over a network. Measured: what the operating system counted "
-        "at the server's sockets, with everything around the tensors.",
+        "mocosfl cost counts them; simulated clients send nothing over a network. Measured: what the operating system "
+        "counted at the server's sockets, with everything around the tensors.",
         blocks + missing,
     )
 
@@ -359,10 +359,10 @@ def time_by_phase(runs: Sequence[Shown]) -> Section:
     ]
     columns = []
     if traces:
-        figure = figure_of(traces, "seconds", "", legend=True, hover="closest")
+        figure = figure_of(traces, "", "", legend=True, hover="closest")
         figure["layout"] |= {"barmode": "stack", "bargap": 0.35}
         figure["layout"]["yaxis"] |= {"type": "category", "autorange": "reversed", "showgrid": False}
-        title = "Time by phase"
+        title = "Seconds in each phase"
         plot = Plot("time", title, "Seconds spent in each phase", figure, 170 + 38 * len(runs))
         head = ["phase", *(run.name for run in runs)] if len(runs) > 1 else ["phase", "time"]
         table = Table(head, [[phase, *(_share(found, phase) for found in spent)] for phase in names])
@@ -459,7 +459,7 @@ def _row(found: Examples, place: int, images: bool) -> list[Cell]:
         what = _class(found, number)
         says = f"neighbour: {what}, {cosine:.2f}" + {None: "", True: ", same class", False: ", another class"}[same]
         source = thumbnail(found, number) if images else None
-        cells.append(Cell(source, says, f"{what} {cosine:.2f}".strip(), same))
+        cells.append(Cell(source, says, what, f"{cosine:.2f}", same))
     return cells
 
 
@@ -526,6 +526,7 @@ def privacy(runs: Sequence[Shown], images: bool) -> Section:
                 }
             )
         figure = figure_of(traces, "", "SSIM", hover="closest")
+        figure["layout"] |= {"bargap": 0.45}
         figure["layout"]["yaxis"] |= {"range": [0, 1]}
         figure["layout"]["xaxis"] |= {"type": "category"}
         guess = [report["mean image"].get("ssim", math.nan) for report in audits.values()]

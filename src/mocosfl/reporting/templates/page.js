@@ -8,6 +8,7 @@
   const finger = matchMedia("(pointer: coarse)");
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const SECONDS = 3;
+  const BUTTONS = ["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"];
   let figures = JSON.parse(document.getElementById("data").textContent).figures;
 
   // Colours are CSS variables, so that a figure is right in the dark and in the light.
@@ -16,7 +17,7 @@
       return value.startsWith("var(--") ? style.getPropertyValue(value.slice(4, -1)).trim() : value;
     }
     if (Array.isArray(value)) {
-      return typeof value[0] === "number" ? value : value.map((inner) => coloured(inner, style));
+      return value.map((inner) => coloured(inner, style));
     }
     if (value === null || typeof value !== "object") {
       return value;
@@ -30,16 +31,24 @@
     const layout = coloured(figure.layout, style);
     layout.modebar = { bgcolor: "rgba(0,0,0,0)", color: layout.font.color, orientation: "h" };
     if (finger.matches) {
-      layout.dragmode = node.zoomable ? undefined : false; // a finger that moves over a plot scrolls the page
-      if (layout.hovermode === "x unified") layout.hovermode = "x";
+      layout.dragmode = false; // a finger that moves over a plot scrolls the page; the buttons zoom
+      layout.margin.t = 32; // they stay in sight
     }
+    let more = 0;
+    if (layout.showlegend && node.clientWidth < 480) { // room for a legend of two columns
+      layout.legend.entrywidth = 0.36 * node.clientWidth;
+      more = 20 * Math.ceil(figure.data.length / 2);
+    }
+    const square = layout.yaxis.scaleanchor !== undefined;
+    node.style.height = `${more + (square ? Math.min(node.dataset.height, node.clientWidth) : Number(node.dataset.height))}px`;
     node.drawn = figure;
     const first = !node.classList.contains("js-plotly-plot");
     Plotly.react(node, coloured(figure.data, style), layout, {
       responsive: true,
       displaylogo: false,
       displayModeBar: finger.matches ? true : "hover",
-      modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d", finger.matches ? "toImage" : ""],
+      // Named one by one: plotly's own choice has a button that sends the plot to a server of theirs.
+      modeBarButtons: [finger.matches ? BUTTONS : [...BUTTONS, "toImage"]],
     });
     if (first && figure.pictures) {
       node.on("plotly_hover", (event) => show(event, figures[node.dataset.figure].pictures));
