@@ -146,10 +146,11 @@ def figure_of(
         "showlegend": legend,
         "legend": {
             "orientation": "h",
+            "xref": "container",
+            "x": 0.02,
             "yref": "container",
             "y": 0,
             "yanchor": "bottom",
-            "x": 0,
             "traceorder": "normal",
         },
         "uirevision": "kept",  # zoom and hidden lines stay when new data come
