@@ -112,7 +112,9 @@ def page(runs: Sequence[Shown], live: Live | None = None, images: bool = True) -
     ]
     names = [run.name for run in runs]
     title = names[0] if len(runs) == 1 else f"{len(runs)} runs"
-    return Page(title, names, [_status(run.contents) for run in runs], _tiles(runs), shown, live, images)
+    return Page(
+        title, names, [_status(run.contents) if live is None else "" for run in runs], _tiles(runs), shown, live, images
+    )
 
 
 def html(made: Page, poll: str | None = None) -> str:

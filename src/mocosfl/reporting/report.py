@@ -113,6 +113,8 @@ class Metrics:
             record = json.loads(line)
         except ValueError:  # cut short by a crash, and written on behind it
             return
+        if not isinstance(record, dict):
+            return
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         step, epoch, seconds = (numbers.pop(name, None) for name in ("step", "epoch", "seconds"))
         if step is None or epoch is None:
@@ -220,11 +222,12 @@ class Reader:
         command = facts.get("kind", "train")
         result = self._file("result.json", _json, UNFINISHED)
         evaluation = self._file("evaluation.json", _json, "")
-        if isinstance(evaluation, Missing):
+        if isinstance(evaluation, Missing) and not evaluation.why:
             evaluation = result
         if not isinstance(evaluation, Missing) and "knn" not in evaluation:
             evaluation = Missing("there were no labelled training and test images to evaluate on")
-        pretraining = "the server pre-trains alone: no client takes part yet" if command == "pretrain" else None
+        alone = Missing("the server pre-trains alone: no client takes part yet")
+        clients = command != "pretrain"
         attack = f"the run has not been attacked; mocosfl attack {self.path} does it"
         images = facts.get("images")
         return Contents(
@@ -239,9 +242,9 @@ class Reader:
             evaluation=evaluation,
             privacy=self._file("privacy.json", _audit, attack),
             reconstructions=self._file("reconstructions.png", Path.read_bytes, attack),
-            partition=self._file("partition.npz", _partition, pretraining or _no_partition(command)),
-            participation=self._file("participation.npy", _participation, pretraining or EARLIER),
-            counted=Missing(pretraining) if pretraining else self._counted(images),
+            partition=self._file("partition.npz", _partition, _no_partition(command)) if clients else alone,
+            participation=self._file("participation.npy", _participation, EARLIER) if clients else alone,
+            counted=self._counted(images) if clients else alone,
             measured=_measured(self.metrics),
             phases=_phases(self.metrics),
         )
@@ -312,7 +315,7 @@ def _participation(path: Path) -> NDArray[np.int64]:
 
 def _no_partition(command: str) -> str:
     if command == "serve":
-        return "the clients' images stay with them, and they have not told the server what they hold"
+        return "the clients' images stay with them; how many each holds is noted when the run ends"
     return EARLIER
 
 

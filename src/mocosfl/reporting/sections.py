@@ -371,8 +371,8 @@ def time_by_phase(runs: Sequence[Shown]) -> Section:
     return Section(
         "time",
         "Time by phase",
-        "Where the time went: clients' forward and backward passes, the server's step, averaging, evaluation during "
-        "training and after it, and everything else, such as logs and checkpoints.",
+        "Where the time went: clients' forward and backward passes, the server's step, averaging (synchronise), "
+        "evaluation during training and after it, checkpoints, and everything else.",
         [Beside(columns), *missing],
     )
 
