@@ -162,7 +162,7 @@ class Contents:
         participation: (N,) images drawn from each client so far.
         counted: bytes between a client of each kind and the server, as ``footprint`` counts them for the whole run.
         measured: bytes that came in and went out across the server's sockets, up to the last line.
-        phases: seconds spent in each phase.
+        phases: seconds spent in each phase; what is left of the time since the run began is ``other``.
     """
 
     path: Path
@@ -349,13 +349,22 @@ def running_total(counter: NDArray[np.float64]) -> NDArray[np.float64]:
 PHASE = "seconds/"
 
 
+PHASES = ("clients", "server", "synchronise", "evaluate", "checkpoint")
+"""In the order in which they are told; any others follow."""
+
+
 def _phases(metrics: Metrics) -> dict[str, float] | Missing:
     found = {
         name.removeprefix(PHASE): math.fsum(series.values)
         for name, series in metrics.series.items()
         if name.startswith(PHASE)
     }
-    return found or Missing(f"metrics.jsonl holds no seconds by phase: {EARLIER}")
+    if not found:
+        return Missing(f"metrics.jsonl holds no seconds by phase: {EARLIER}")
+    rest = metrics.seconds - math.fsum(found.values())
+    if rest > 0:
+        found["other"] = found.get("other", 0.0) + rest
+    return {name: found[name] for name in (*PHASES, *found) if name in found}
 
 
 def layers(metrics: Metrics) -> Iterator[tuple[str, Series]]:

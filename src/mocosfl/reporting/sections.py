@@ -215,8 +215,8 @@ def _divergence(runs: Sequence[Shown]) -> Column:
             "Nothing to draw: where one half stands for all clients there is none, and otherwise none has been logged."
         )
         return Column([Note(why, missing=True)], title)
-    if len(runs) == 1:
-        found = [(name, series) for name, series in layers(runs[0].contents.metrics) if len(series)]
+    found = list(layers(runs[0].contents.metrics))
+    if len(runs) == 1 and len(found) > 1:
         found.sort(key=lambda pair: -pair[1].values[-1])
         for place, (name, series) in enumerate(found[:LAYERS], start=1):
             x, y = thinned(series.epochs, series.values, POINTS // 4)

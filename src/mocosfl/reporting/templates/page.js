@@ -36,7 +36,7 @@
     }
     let more = 0;
     if (layout.showlegend && node.clientWidth < 480) { // room for a legend of two columns
-      layout.legend.entrywidth = 0.36 * node.clientWidth;
+      layout.legend.entrywidth = 0.28 * node.clientWidth;
       more = 20 * Math.ceil(figure.data.length / 2);
     }
     const square = layout.yaxis.scaleanchor !== undefined;
