@@ -76,6 +76,15 @@ def test_lines_are_read_as_they_come(tmp_path: Path) -> None:
     assert metrics.series["loss"].values.tolist() == [5]
 
 
+def test_what_is_left_of_the_time_is_told_too(copied: Callable[[str], Path]) -> None:
+    folder = copied("slow")
+    Run.open(folder).log({"step": 33, "epoch": 2.1, "seconds": 100.0, "seconds/evaluate": 12.0})
+    phases = Reader(folder).read().phases
+    assert list(phases) == ["clients", "server", "synchronise", "evaluate", "other"]
+    assert phases["evaluate"] == 12
+    assert sum(phases.values()) == pytest.approx(100)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "attribute"),
     [
