@@ -216,14 +216,14 @@ def _divergence(runs: Sequence[Shown]) -> Column:
         )
         return Column([Note(why, missing=True)], title)
     found = list(layers(runs[0].contents.metrics))
-    if len(runs) == 1 and len(found) > 1:
+    if len(runs) == 1 and len(found) > 1:  # a single one is all there is
         found.sort(key=lambda pair: -pair[1].values[-1])
         for place, (name, series) in enumerate(found[:LAYERS], start=1):
             x, y = thinned(series.epochs, series.values, POINTS // 4)
             line = {"color": colour(place), "width": 1, "dash": "dot" if place >= COLOURS else "solid"}
             traces.append({"type": "scatter", "mode": "lines", "x": numbers(x), "y": numbers(y), "line": line})
             traces[-1] |= {"name": plain(name), "opacity": 0.8, "visible": "legendonly" if place > 4 else True}
-    figure = figure_of(traces, "epoch", "", legend=len(runs) == 1)
+    figure = figure_of(traces, "epoch", "", legend=len(runs) == 1 and len(traces) > 1)
     note = Note(
         "How far the clients' weights are from their average just before they are averaged, as a share of its length: "
         "the mean over clients."
