@@ -158,7 +158,6 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["anchor"] = lambda text: text.replace(" ", "-")
     return environment
 
 

@@ -61,7 +61,6 @@ class Live:
         ended: whether there is nothing more to come.
         step, steps: done, and of the whole run; None before training.
         left: seconds left, about; None where that is not known.
-        address: of this page.
         clients: head and rows of the table of connected clients; None for a run without any.
         more: of them than there are rows.
         counts: what is counted at the server, and what that is.
