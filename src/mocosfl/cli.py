@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -44,6 +45,9 @@ class TrainArguments:
     """Go on with this run folder from its last checkpoint, with its own settings."""
     overwrite: bool = False
     """Delete the run in the folder first."""
+    dashboard: Annotated[str | None, tyro.conf.arg(metavar="[HOST:]PORT")] = None
+    """Show the run while it is under way at http://127.0.0.1:PORT/, to this machine alone; with HOST, to whoever
+    reaches that address, without a password and without pictures. PORT 0: any free one. Unset: nowhere."""
 
 
 @dataclass
@@ -115,6 +119,22 @@ class EmbedArguments:
 
 
 @dataclass
+class ReportArguments:
+    """Write one page that shows a run, or several beside each other: settings, curves, who holds what, bytes, time,
+    figures, examples, privacy. It needs no network. Examples are test images, or else held-out ones; the privacy audit
+    shows training images of the client that was attacked."""
+
+    runs: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]")]]
+    """The run folders. A run may be under way."""
+    out: Path | None = None
+    """The page. Unset: report.html in the run folder, or here for several runs."""
+    images: bool = True
+    """Put pictures into the page. Off: none, for pages that go to others."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto."""
+
+
+@dataclass
 class ServeArguments:
     """Train with clients that join over the network. RECIPE is a name from `mocosfl recipes` or a YAML file."""
 
@@ -126,6 +146,9 @@ class ServeArguments:
     """Go on with this run folder from its last checkpoint, with its own settings; clients come back by themselves."""
     overwrite: bool = False
     """Delete the run in the folder first."""
+    dashboard: Annotated[str | None, tyro.conf.arg(metavar="[HOST:]PORT")] = None
+    """Show the run and its clients while it is under way at http://127.0.0.1:PORT/, to this machine alone; with HOST,
+    to whoever reaches that address, without a password and without pictures. PORT 0: any free one. Unset: nowhere."""
 
 
 @dataclass
@@ -230,7 +253,29 @@ def _to_the_end(command: str, given: TrainArguments | ServeArguments, run: Calla
     suffix = "" if command == "train" else f"-{command}"
     default = Path("runs") / f"{given.config.recipe}{suffix}-{datetime.now():%Y%m%d-%H%M%S}"
     out = given.resume or given.out or default
-    result = run(given.config, out=out, resume=given.resume is not None, overwrite=given.overwrite, console=console)
+    with contextlib.ExitStack() as stack:
+        dashboard = None
+        if given.dashboard is not None and not console.quiet:  # of several processes the first one shows the run
+            from mocosfl.reporting.dashboard import Dashboard
+
+            say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+            dashboard = stack.enter_context(Dashboard(given.dashboard, out, say))
+        result = run(
+            given.config,
+            out=out,
+            resume=given.resume is not None,
+            overwrite=given.overwrite,
+            console=console,
+            callbacks=() if dashboard is None else (dashboard,),
+        )
+        status = _tell(command, result)
+        if dashboard is not None:
+            dashboard.finish()
+    return status
+
+
+def _tell(command: str, result: Any) -> int:
+    """Print what came of a run."""
     if not result.finished:
         if not console.quiet:
             errors.print(
@@ -253,6 +298,31 @@ def _evaluate(args: Sequence[str]) -> int:
     from mocosfl.experiment import evaluate
 
     _print_figures(evaluate(given.run, console, given.device))
+    return 0
+
+
+def _report(args: Sequence[str]) -> int:
+    given = tyro.cli(ReportArguments, prog="mocosfl report", args=args)
+    if not given.runs:
+        errors.print("name a run, or several to see them beside each other", highlight=False)
+        return 2
+    from mocosfl.experiment import choose_device
+    from mocosfl.reporting.examples import examples
+    from mocosfl.reporting.page import names_of, page, write
+    from mocosfl.reporting.report import Reader
+    from mocosfl.reporting.sections import Shown
+
+    names = names_of(given.runs)
+    out = given.out or (given.runs[0] if len(given.runs) == 1 else Path()) / "report.html"
+    if out.is_dir():
+        raise SettingError(f"out={out}: that is a folder; name a file, such as {out / 'report.html'}")
+    device = choose_device(given.device)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    contents = [Reader(path).read() for path in given.runs]
+    shown = [Shown(name, found, examples(found.path, device, say)) for name, found in zip(names, contents, strict=True)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write(page(shown, images=given.images), out)
+    say(f"report: {out}")
     return 0
 
 
@@ -494,6 +564,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "embed": (_embed, "features of your images by a trained encoder, as a parquet file"),
     "export": (_export, "a trained encoder for use elsewhere: Hugging Face layout, ONNX, torchvision, client half"),
     "attack": (_attack, "what the server could see of a client's images: reconstructions and scores"),
+    "report": (_report, "one page that shows a run, or several beside each other"),
     "serve": (_serve, "train with clients that join over the network"),
     "join": (_join, "be such a client"),
     "enroll": (_enroll, "give clients tokens to join with"),

@@ -17,6 +17,7 @@
     events.jsonl         of `mocosfl serve`: joins, refusals, late clients and so on, with client and address
     privacy.json         what `mocosfl attack` found; reconstructions.png shows it
     export/              what `mocosfl export` has written
+    report.html          all of it as a page, by `mocosfl report`
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ FILES = (
     "privacy.json",
     "reconstructions.png",
     "export",
+    "report.html",
     "events.jsonl",
     "events.jsonl.1",
     "events.jsonl.2",

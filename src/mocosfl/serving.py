@@ -28,6 +28,7 @@ from mocosfl.network.cohort import RemoteCohort
 from mocosfl.network.observe import event_log
 from mocosfl.network.service import check_certificates, check_listenable, registry_of
 from mocosfl.network.settings import ServeSettings
+from mocosfl.reporting.dashboard import Dashboard
 from mocosfl.run import Run
 from mocosfl.server import Server
 from mocosfl.trainer import Callback
@@ -88,6 +89,9 @@ def serve(
         finished = False
         stack.callback(lambda: cohort.stop(finished))
         cohort.start()
+        for callback in callbacks:
+            if isinstance(callback, Dashboard):
+                callback.observe(cohort)
         host = settings.listen.rpartition(":")[0]
         say(f"listening on {host}:{cohort.exchange.service.port}" + ("" if settings.tls_cert else " without TLS"))
         wanted = settings.min_clients or config.clients.number

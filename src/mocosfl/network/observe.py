@@ -69,6 +69,10 @@ def event_log(path: Path) -> Iterator[Callable[..., None]]:
         yield events
 
 
+CLIENT_COLUMNS = ("client", "address", "images", "MB in", "MB out", "late in a row", "heard")
+"""What is told of each client."""
+
+
 class Training(Protocol):
     """What is observed of the training: ``Trainer``."""
 
@@ -80,10 +84,10 @@ class Observer:
 
     Args:
         cohort: the clients.
-        training: its metrics.
+        training: its metrics. Unset: none.
     """
 
-    def __init__(self, cohort: RemoteCohort, training: Training) -> None:
+    def __init__(self, cohort: RemoteCohort, training: Training | None = None) -> None:
         self.cohort, self.training = cohort, training
         self._lock = threading.Lock()
         self._peers: dict[Peer, tuple[int, int]] = {}
@@ -107,6 +111,23 @@ class Observer:
         counts["socket_bytes_out"], counts["socket_bytes_in"] = totals
         return {"clients": float(self.cohort.present)} | {name: float(counts[name]) for name in COUNTERS}
 
+    def clients(self) -> list[tuple[str, ...]]:
+        """Those that are there, by number, in the columns of ``CLIENT_COLUMNS``."""
+        now = time.monotonic()
+        sessions = list(self.cohort.exchange.service.sessions.values())  # a copy: another thread lets clients in
+        return [
+            (
+                str(session.client),
+                session.address.partition(":")[2],
+                f"{session.images:,}",
+                f"{session.received / 1e6:,.2f}",
+                f"{session.sent / 1e6:,.2f}",
+                str(session.misses),
+                f"{now - session.heard:.0f} s ago",
+            )
+            for session in sorted(sessions, key=lambda s: s.client)
+        ]
+
     def table(self) -> Table:
         """The clients, one by one up to ``TABLE_ROWS``, and the counters."""
         figures = self.figures()
@@ -116,22 +137,13 @@ class Observer:
             caption="  ".join(f"{name} {figures[name]:,.0f}" for name in COUNTERS if "bytes" not in name),
             caption_justify="left",
         )
-        for title in ("client", "address", "images", "MB in", "MB out", "late in a row", "heard"):
+        for title in CLIENT_COLUMNS:
             table.add_column(title, justify="left" if title == "address" else "right", no_wrap=True)
-        sessions = sorted(self.cohort.exchange.service.sessions.values(), key=lambda s: s.client)
-        now = time.monotonic()
-        for session in sessions[:TABLE_ROWS]:
-            table.add_row(
-                str(session.client),
-                session.address.partition(":")[2],
-                f"{session.images:,}",
-                f"{session.received / 1e6:,.2f}",
-                f"{session.sent / 1e6:,.2f}",
-                str(session.misses),
-                f"{now - session.heard:.0f} s ago",
-            )
-        if len(sessions) > TABLE_ROWS:
-            table.add_row("...", f"and {len(sessions) - TABLE_ROWS:,} more", *[""] * 5)
+        clients = self.clients()
+        for client in clients[:TABLE_ROWS]:
+            table.add_row(*client)
+        if len(clients) > TABLE_ROWS:
+            table.add_row("...", f"and {len(clients) - TABLE_ROWS:,} more", *[""] * 5)
         table.add_row(
             "all",
             "sockets",
@@ -155,8 +167,9 @@ class _Prometheus(Collector):
         for name, value in figures.items():
             yield CounterMetricFamily(f"mocosfl_{name}", COUNTERS[name], value)
         metric = GaugeMetricFamily("mocosfl_metric", "last logged metric of the training", labels=["name"])
-        for name, number in dict(self.observer.training.latest).items():
-            metric.add_metric([name], number)
+        if self.observer.training is not None:
+            for name, number in dict(self.observer.training.latest).items():
+                metric.add_metric([name], number)
         yield metric
 
 

@@ -18,7 +18,8 @@ from mocosfl.files import write_atomically
 
 _TABLE_CLIENTS = 20
 _TABLE_CLASSES = 3
-_NUMBERED_CLIENTS = 30  # up to here a client's column is wide enough for its number
+NUMBERED_CLIENTS = 30
+"""Up to here a client's column is wide enough for its number."""
 _COLUMNS = 500  # more would be narrower than two pixels
 _NAMED_CLASSES = 50  # more names would overlap
 _BLUES = LinearSegmentedColormap.from_list("blues", ["#d3e3f3", "#6baed6", "#2171b5", "#08306b"])
@@ -75,12 +76,9 @@ def draw(counts: np.ndarray, class_names: Sequence[str] | None, path: str | Path
     """
     cells = counts.reshape(len(counts), -1)
     clients, classes = cells.shape
-    numbered = clients <= _NUMBERED_CLIENTS
-    if not numbered:
-        largest = np.argsort(-cells, axis=1, kind="stable")
-        cells = cells[np.lexsort((-cells.sum(1), largest[:, min(1, classes - 1)], largest[:, 0]))]
-    shared = -(-clients // _COLUMNS)
-    edges = np.append(np.arange(0, clients, shared), clients)
+    numbered = clients <= NUMBERED_CLIENTS
+    order, edges = arranged(cells)
+    cells, shared = cells[order], edges[1]
 
     if class_names is None:
         figure = Figure(figsize=(10, 3.5), layout="constrained")
@@ -98,11 +96,36 @@ def draw(counts: np.ndarray, class_names: Sequence[str] | None, path: str | Path
         bottom.set_xticks(np.arange(clients) + 0.5, [str(client) for client in range(clients)])
         bottom.set_xlabel("client")
     else:
-        order = "volume" if class_names is None else "largest class"
+        by = "volume" if class_names is None else "largest class"
         columns = f", {shared} a column" if shared > 1 else ""
-        bottom.set_xlabel(f"{clients:,} clients in order of their {order}{columns}")
+        bottom.set_xlabel(f"{clients:,} clients in order of their {by}{columns}")
         bottom.xaxis.set_major_formatter("{x:,.0f}")
     write_atomically(Path(path), lambda file: figure.savefig(file, format="png", dpi=150))
+
+
+def arranged(cells: np.ndarray, columns: int = _COLUMNS) -> tuple[np.ndarray, np.ndarray]:
+    """The order in which clients are drawn, and which of them share a column.
+
+    Args:
+        cells: images of each client in each class, shape (N, classes).
+        columns: at most.
+
+    Returns:
+        Clients, (N,), as they are numbered or, where they are too many for that, by their largest classes; and the
+        places in this order at which columns begin and end, (columns + 1,).
+    """
+    clients, classes = cells.shape
+    order = np.arange(clients)
+    if clients > NUMBERED_CLIENTS:
+        largest = np.argsort(-cells, axis=1, kind="stable")
+        order = np.lexsort((-cells.sum(1), largest[:, min(1, classes - 1)], largest[:, 0]))
+    shared = -(-clients // columns)
+    return order, np.append(np.arange(0, clients, shared), clients)
+
+
+def shared_by_columns(cells: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Means over the clients of each column, (columns, classes)."""
+    return np.add.reduceat(cells, edges[:-1], axis=0) / np.diff(edges)[:, None]
 
 
 def _draw_volumes(axes: Axes, sizes: np.ndarray, edges: np.ndarray) -> None:
@@ -119,7 +142,7 @@ def _draw_volumes(axes: Axes, sizes: np.ndarray, edges: np.ndarray) -> None:
 
 def _draw_heat_map(axes: Axes, cells: np.ndarray, edges: np.ndarray, class_names: Sequence[str]) -> None:
     classes, widths = cells.shape[1], np.diff(edges)
-    average = np.add.reduceat(cells, edges[:-1], axis=0) / widths[:, None]
+    average = shared_by_columns(cells, edges)
     mesh = axes.pcolormesh(
         edges,
         np.arange(classes + 1),
@@ -137,7 +160,7 @@ def _draw_heat_map(axes: Axes, cells: np.ndarray, edges: np.ndarray, class_names
         format="{x:,g}",
     )
     named = np.arange(0, classes, -(-classes // _NAMED_CLASSES))
-    axes.set_yticks(named + 0.5, [_short(class_names[label]) for label in named], parse_math=False)
+    axes.set_yticks(named + 0.5, [short(class_names[label]) for label in named], parse_math=False)
     axes.tick_params("y", length=0, labelsize=9 if len(named) <= 30 else 7)
     axes.set_ylabel("class")
     axes.invert_yaxis()
@@ -145,7 +168,7 @@ def _draw_heat_map(axes: Axes, cells: np.ndarray, edges: np.ndarray, class_names
 
 def _lines(edges: np.ndarray) -> str:
     """Colour of the lines between clients; narrow columns would vanish behind them."""
-    return "white" if len(edges) <= _NUMBERED_CLIENTS + 1 else "none"
+    return "white" if len(edges) <= NUMBERED_CLIENTS + 1 else "none"
 
 
 def _spread(values: np.ndarray) -> str:
@@ -155,11 +178,11 @@ def _spread(values: np.ndarray) -> str:
 
 def _largest_classes(images: np.ndarray, class_names: Sequence[str]) -> str:
     largest = np.argsort(-images, kind="stable")[: np.count_nonzero(images)]
-    shown = [f"{_short(class_names[label])}: {images[label]:,}" for label in largest[:_TABLE_CLASSES]]
+    shown = [f"{short(class_names[label])}: {images[label]:,}" for label in largest[:_TABLE_CLASSES]]
     if len(largest) > _TABLE_CLASSES:
         shown.append(f"+{len(largest) - _TABLE_CLASSES}")
     return ", ".join(shown)
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     return name if len(name) <= 24 else name[:23] + "…"

@@ -1,0 +1,225 @@
+"""The page of a run that is under way, asked for as a browser does."""
+
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+from torch import Tensor
+
+import mocosfl
+from mocosfl.cli import main
+from mocosfl.errors import RunError, SettingError
+from mocosfl.reporting import dashboard as module
+from mocosfl.reporting.dashboard import Dashboard
+from mocosfl.reporting.report import Reader
+from mocosfl.trainer import Callback, Trainer
+
+CONFIG = mocosfl.recipe("digits").updated(
+    {
+        "model.width": 4,
+        "model.head": "v1",
+        "contrast.queue": 64,
+        "clients.number": 20,
+        "clients.batch": 4,
+        "train.epochs": 0.6,
+        "train.warmup": 0,
+        "train.log_every": 1,
+        "evaluation.every": 0,
+        "evaluation.probe_epochs": 0,
+    }
+)
+"""10 steps."""
+
+
+def silent(text: str) -> None:
+    pass
+
+
+def ask(dashboard: Dashboard, path: str = "/state.json", method: str = "GET", **headers: str) -> tuple[int, Any, str]:
+    """Status, body and version of an answer; JSON is read."""
+    url = urlsplit(dashboard.url)
+    connection = http.client.HTTPConnection(url.hostname, url.port, timeout=60)
+    try:
+        connection.request(method, path, headers=headers)
+        answer = connection.getresponse()
+        body = answer.read().decode()
+        kind = answer.headers.get("Content-Type", "")
+        return answer.status, json.loads(body) if body and "json" in kind else body, answer.headers.get("ETag", "")
+    finally:
+        connection.close()
+
+
+class Asking(Callback):
+    """Asks in the middle of the training, from its thread: what is under way is known exactly."""
+
+    def __init__(self, dashboard: Dashboard, at: int) -> None:
+        self.dashboard, self.at = dashboard, at
+        self.states: list[dict[str, Any]] = []
+
+    def after_step(self, trainer: Trainer, metrics: dict[str, Tensor]) -> None:
+        if trainer.step >= self.at:
+            self.states.append(ask(self.dashboard)[1])
+
+
+def test_a_run_under_way_is_shown_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FRESH", 0.0)
+    said: list[str] = []
+    with Dashboard("0", tmp_path / "run", said.append) as dashboard:
+        assert said == [f"dashboard: {dashboard.url}"]
+        before = ask(dashboard)[1]
+        assert "preparing" in before["parts"]["head"]
+        assert before["figures"] == {}
+        asking = Asking(dashboard, 8)
+        mocosfl.train(CONFIG, tmp_path / "run", callbacks=(asking, dashboard))
+        lengths = [len(state["figures"]["loss"]["data"][0]["x"]) for state in asking.states]
+        assert lengths == [8, 9, 10]
+        assert "step 8 of 10" in asking.states[0]["parts"]["head"]
+        assert "appears when the run is over" in asking.states[0]["parts"]["map"]
+        assert not asking.states[-1]["ended"]
+        assert "evaluating" in ask(dashboard)[1]["parts"]["head"]
+
+        fetched: list[dict[str, Any]] = []
+
+        def follow() -> None:
+            while not fetched or not fetched[-1]["ended"]:
+                fetched.append(ask(dashboard)[1])
+                time.sleep(0.05)
+
+        browser = threading.Thread(target=follow, daemon=True)
+        browser.start()
+        dashboard.finish()  # waits until the browser has been told
+        browser.join(60)
+    assert "the run is over" in fetched[-1]["parts"]["head"]
+    assert "map-0" in fetched[-1]["figures"]
+    with pytest.raises(OSError, match="refused"):
+        ask(dashboard)
+
+
+def test_nobody_who_looks_costs_nothing(copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither examples nor a wait at the end."""
+    monkeypatch.setattr(module, "examples", lambda *args: pytest.fail("examples for nobody"))
+    monkeypatch.setattr(threading.Event, "wait", lambda *args: pytest.fail("a wait for nobody"))
+    dashboard = Dashboard("0", copied("run"), silent)
+    try:
+        dashboard.finish()
+    finally:
+        monkeypatch.undo()
+        with dashboard:
+            pass
+
+
+def test_what_is_asked_for_again_is_only_sent_if_it_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Dashboard("0", tmp_path / "run", silent) as dashboard:
+        status, _, version = ask(dashboard)
+        assert status == 200
+        assert ask(dashboard, f"/state.json?have={version}")[:2] == (204, "")
+        assert ask(dashboard, "/state.json?have=other")[0] == 200
+
+
+def test_only_the_page_is_served_and_only_to_this_machine(tmp_path: Path) -> None:
+    with Dashboard("0", tmp_path / "run", silent) as dashboard:
+        port = urlsplit(dashboard.url).port
+        for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}", "localhost"):
+            assert ask(dashboard, "/", Host=host)[0] == 200
+        for host in (f"evil.example:{port}", f"127.0.0.1.evil.example:{port}", "", "[evil]", f"10.0.0.1:{port}"):
+            for path in ("/", "/state.json"):
+                assert ask(dashboard, path, Host=host)[:2] == (403, "this page is served to this machine alone")
+        for path in ("/config.yaml", "/..", "/../../etc/passwd", "/state.json/", "/%2e%2e/"):
+            assert ask(dashboard, path)[0] == 404
+        for method in ("POST", "PUT", "DELETE", "HEAD", "OPTIONS"):
+            assert ask(dashboard, "/", method)[0] == 501
+
+
+def test_an_error_in_a_request_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Reader) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(module, "FRESH", 0.0)
+    monkeypatch.setattr(Reader, "read", fail)
+    with Dashboard("0", tmp_path / "run", silent) as dashboard:
+        answers: list[tuple[int, Any, str]] = []
+
+        class Asks(Callback):
+            def after_step(self, trainer: Trainer, metrics: dict[str, Tensor]) -> None:
+                answers.append(ask(dashboard, "/state.json" if trainer.step % 2 else "/"))
+
+        result = mocosfl.train(CONFIG, tmp_path / "run", callbacks=(Asks(), dashboard))
+    assert result.finished
+    assert [answer[:2] for answer in answers] == [(500, "the page could not be drawn: ZeroDivisionError: a bug")] * 10
+
+
+def test_the_training_is_the_same(tmp_path: Path) -> None:
+    mocosfl.train(CONFIG, tmp_path / "alone")
+    with Dashboard("0", tmp_path / "shown", silent) as dashboard:
+        mocosfl.train(CONFIG, tmp_path / "shown", callbacks=(Asking(dashboard, 0), dashboard))
+    weights = [(tmp_path / name / "encoder.safetensors").read_bytes() for name in ("alone", "shown")]
+    assert weights[0] == weights[1]
+
+
+def test_a_run_that_ends_by_an_error_says_so(tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def run() -> None:
+        with Dashboard("0", tmp_path, silent) as dashboard:
+            ask(dashboard)  # somebody is looking
+
+            def follow() -> None:
+                while not seen or not seen[-1]["ended"]:
+                    seen.append(ask(dashboard)[1])
+
+            threading.Thread(target=follow, daemon=True).start()
+            raise RunError("the loss at step 3 is not finite")
+
+    with pytest.raises(RunError, match="not finite"):
+        run()
+    assert "ended by an error: the loss at step 3 is not finite" in seen[-1]["parts"]["head"]
+
+
+def test_a_port_that_is_taken_costs_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for command in ("train", "serve"):
+            assert main([command, "digits", "--out", "run", "--dashboard", str(port)]) == 1
+            assert f"dashboard={port}: cannot listen there: Address already in use" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("listen", ["eighty", "70000", "127.0.0.1:", "http://127.0.0.1:80", "-1"])
+def test_addresses_that_are_none(listen: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="expected PORT, such as 8080, or HOST:PORT"):
+        Dashboard(listen, tmp_path, silent)
+
+
+def test_who_can_reach_it_is_told_and_others_see_no_pictures(copied: Callable[[str], Path]) -> None:
+    said: list[str] = []
+    with Dashboard("0.0.0.0:0", copied("run"), said.append) as dashboard:
+        assert "others can reach it, and need no password" in said[0]
+        assert not dashboard.page().images
+        url = urlsplit(dashboard.url)
+        assert url.hostname == "0.0.0.0"
+        assert ask(dashboard, "/", Host="my-machine.example")[0] == 200
+
+
+def test_one_process_of_several_shows_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The others do not even try the port."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(mocosfl.experiment, "train", lambda config, **more: pytest.fail(f"{more['callbacks']}"))
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(pytest.fail.Exception, match=r"^\(\)$"):
+        main(["train", "digits", "--dashboard", str(taken.getsockname()[1])])
+    assert torch.get_num_threads() == 1
