@@ -36,13 +36,13 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="session")
 def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with parquet files of CIFAR-10's first 2,000 training and 1,000 test images, where CIFAR-10 lies beside
+    """A folder with parquet files of CIFAR-10's first 2,000 training and 2,000 test images, where CIFAR-10 lies beside
     the checkout: decoding all of it would take longer than most tests."""
     whole = SHARED / "cifar10"
     if not whole.is_dir():
         pytest.skip(f"needs the parquet files of CIFAR-10 in {whole}")
     folder = tmp_path_factory.mktemp("cifar10")
-    for split, count in (("train", 2000), ("test", 1000)):
+    for split, count in (("train", 2000), ("test", 2000)):
         first = min(whole.glob(f"{split}-*.parquet"))
         rows = next(pq.ParquetFile(first).iter_batches(count))
         pq.write_table(pa.Table.from_batches([rows]), folder / f"{split}.parquet")
