@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from mocosfl.flower.cohort import Asked, Chunk, FlowerCohort
 from mocosfl.flower.records import LEARN, natives, understood, weights_of
 from mocosfl.network.claims import check_weights
 from mocosfl.server import Server
-from mocosfl_device.wire import Specification
+from mocosfl_device.wire import Specification, Violation
 
 
 class AveragingCohort(FlowerCohort):
@@ -67,7 +68,7 @@ class AveragingCohort(FlowerCohort):
 
     def _open(self, start: int) -> Chunk:
         chunk = super()._open(start)
-        since = start % min(self.round_steps, self.steps)  # sync points are counted within a round of a pool
+        since = start % self.round_steps  # sync points are counted within a round of a pool
         chunk.stop = min(chunk.stop, start + self.config.sync.every - since % self.config.sync.every)
         self._replies.clear()
         return chunk
@@ -98,6 +99,8 @@ class AveragingCohort(FlowerCohort):
         check_weights(arrays, {"online": self.online, "momentum": self.momentum})
         metrics: Any = understood(lambda: reply.content["metrics"])
         loss = understood(lambda: float(metrics["loss"]))
+        if not math.isfinite(loss):
+            raise Violation("a loss that is not finite")
         super()._answered(asked, reply)
         assert asked.client is not None
         assert asked.chunk is not None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,9 +31,9 @@ from mocosfl.network.claims import Holding, pooled
 from mocosfl_device.wire import Coder, Violation, fingerprint
 
 PAUSE = 0.5
-"""Seconds between two looks at what has come, at least."""
-PULLED = 16
-"""Answers that are fetched at a time: it bounds the memory that they take before they are decoded."""
+"""Seconds between two looks at what has come."""
+PULLS = 8
+"""Calls that fetch answers at the same time. One whose node dies while it sends blocks for minutes."""
 LONGEST_REST = 6
 """A client that fails n times in a row is left out of the next 2^(n-1) - 1 chunks; n counts to this many."""
 
@@ -100,8 +102,8 @@ class FlowerCohort:
     the next one.
 
     Nodes are looked for all the time. Each is asked who it is: the number of a client, images, sums of their pixels. A
-    node that comes back under another id takes its client over. Nodes keep nothing between two messages, so
-    each message holds the half too.
+    node that comes back under another id takes its client over. Nodes keep nothing between two messages, so each
+    message holds the half too. A thread attends to all that, so that no slow upload holds the training up.
 
     Args:
         half: the client half, initialised.
@@ -160,10 +162,25 @@ class FlowerCohort:
         self._rests: dict[int, int] = {}  # until which step a client is left alone
         self._current: Chunk | None = None
         self._coming: Chunk | None = None
-        self._looked = -math.inf
+        self._pulls: dict[Future[list[Message]], list[str]] = {}
+        self._pool = ThreadPoolExecutor(PULLS, "mocosfl flower pull")
+        self._changed = threading.Condition()  # held by whoever reads or changes what both threads use
+        self._over = threading.Event()
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._serve, name="mocosfl flower", daemon=True)
         self._stopping: Callable[[], bool] = lambda: False
 
     # The run
+
+    def start(self) -> None:
+        """Begin to look for nodes."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Leave the nodes alone."""
+        self._over.set()
+        self._thread.join()
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def gather(self, count: int, say: Callable[[int], None] = lambda present: None) -> tuple[int, NDArray, NDArray]:
         """Wait until so many clients have joined.
@@ -179,19 +196,19 @@ class FlowerCohort:
             RunError: fewer came within ``give-up`` seconds.
         """
         said, began = -1, time.monotonic()
-        while True:
-            self._attend()
-            if self.present != said:
-                said = self.present
-                say(said)
-            if said >= count:
-                return pooled([self.holdings[client] for client in sorted(self.nodes)], self.size)
-            if time.monotonic() - began > self.settings.give_up:
-                raise RunError(
-                    f"{said} of {count} clients have joined within {self.settings.give_up:g} s (give-up); start more "
-                    "SuperNodes, or lower min-clients"
-                )
-            time.sleep(PAUSE)
+        with self._changed:
+            while True:
+                if self.present != said:
+                    said = self.present
+                    say(said)
+                if said >= count:
+                    return pooled([self.holdings[client] for client in sorted(self.nodes)], self.size)
+                if time.monotonic() - began > self.settings.give_up:
+                    raise RunError(
+                        f"{said} of {count} clients have joined within {self.settings.give_up:g} s (give-up); start "
+                        "more SuperNodes, or lower min-clients"
+                    )
+                self._wait()
 
     def begin(self, mean: NDArray, std: NDArray) -> None:
         """Let the clients start; images are normalised with these, (C,)."""
@@ -213,7 +230,8 @@ class FlowerCohort:
 
     def stop_asking(self) -> None:
         """Nothing more will be asked. Flower's nodes need not be told."""
-        self.steps = self.step
+        with self._changed:
+            self.steps, self._coming = self.step, None
 
     @property
     def present(self) -> int:
@@ -238,9 +256,8 @@ class FlowerCohort:
         """
         if self._current is None or self.step >= self._current.stop:
             self._current = None  # its memory
-            self._current = self._filled()
-        elif time.monotonic() - self._looked > PAUSE:
-            self._attend()
+            with self._changed:
+                self._current = self._filled()
         chunk = self._current
         at = self.step - chunk.start
         self.step += 1
@@ -300,7 +317,6 @@ class FlowerCohort:
             self._coming = self._open(self.step)
         chunk, began = self._coming, time.monotonic()
         while True:
-            self._attend()
             enough = len(chunk.answers) >= self.need
             waiting = any(asked.chunk is chunk for asked in self._asked.values())
             if enough and not waiting:
@@ -315,14 +331,13 @@ class FlowerCohort:
                     f"{self.settings.give_up:g} s (give-up), and {self.need} must; start more SuperNodes, or lower "
                     "min-clients or quorum"
                 )
-            time.sleep(PAUSE)
+            self._wait()
         self.waited += time.monotonic() - began
         self._closed(chunk)
         self.drawn[chunk.clients] += (chunk.stop - chunk.start) * chunk.sizes
         self.counts["chunks"] += 1
         self.counts["answers"] += len(chunk.clients)
         self._coming = self._open(chunk.stop) if self.prefetch and chunk.stop < self.steps else None
-        self._attend()
         return chunk
 
     def _closed(self, chunk: Chunk) -> None:
@@ -330,20 +345,39 @@ class FlowerCohort:
 
     # The nodes
 
-    def _attend(self) -> None:
-        """See who is there, take in what has come, and ask those who are free."""
-        self._looked = now = time.monotonic()
-        self._there = set(self.grid.get_node_ids())
+    def _serve(self) -> None:
+        """The thread: attend until it is over."""
+        try:
+            while not self._over.is_set():
+                there = set(self.grid.get_node_ids())
+                with self._changed:
+                    self._attend(there)
+                    self._changed.notify_all()
+                self._over.wait(PAUSE)
+        except Exception as error:  # whatever the connection to the SuperLink raises: the run must hear of it
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _wait(self) -> None:
+        """Wait until the thread has attended again.
+
+        Raises:
+            RunError: it cannot any more.
+        """
+        self._changed.wait(1.0)
+        if self._error is not None:
+            raise RunError(f"Flower's nodes cannot be reached any more: {self._error!r}") from self._error
+
+    def _attend(self, there: set[int]) -> None:
+        """Take in who is there and what has come, and ask those who are free."""
+        now, self._there = time.monotonic(), there
         for client, node in list(self.nodes.items()):
             if node not in self._there:
                 del self.nodes[client]
                 self.counts["left"] += 1
                 self.say(f"client {client} is gone (node {node})")
-        identifiers = list(self._asked)
-        for start in range(0, len(identifiers), PULLED):
-            for reply in self.grid.pull_messages(identifiers[start : start + PULLED]):
-                if (asked := self._asked.pop(reply.metadata.reply_to_message_id, None)) is not None:
-                    self._take(asked, reply)
+        self._fetch()
         for identifier, asked in list(self._asked.items()):
             if asked.node not in self._there:
                 self._failed(self._asked.pop(identifier), "its node is gone")
@@ -353,6 +387,21 @@ class FlowerCohort:
         self._ask_who(now)
         if self._coming is not None:
             self._ask(self._coming)
+
+    def _fetch(self) -> None:
+        """Take in what was fetched, and have more of it fetched."""
+        for pull in [pull for pull in self._pulls if pull.done()]:
+            del self._pulls[pull]
+            for reply in pull.result():
+                if (asked := self._asked.pop(reply.metadata.reply_to_message_id, None)) is not None:
+                    self._take(asked, reply)
+        fetched = {identifier for identifiers in self._pulls.values() for identifier in identifiers}
+        left, free = [identifier for identifier in self._asked if identifier not in fetched], PULLS - len(self._pulls)
+        for group in (left[place::free] for place in range(min(free, len(left)))):
+            self._pulls[self._pool.submit(self._pull, group)] = group
+
+    def _pull(self, identifiers: list[str]) -> list[Message]:
+        return list(self.grid.pull_messages(identifiers))
 
     def _take(self, asked: Asked, reply: Message) -> None:
         """Take an answer in, if it is a good one."""

@@ -72,6 +72,8 @@ def serve(
         cohort = kind(encoder.client, config, settings, grid, encoder.latent_shape, channels, size, device, say)
         if isinstance(cohort, AveragingCohort):
             cohort.server = server
+        stack.callback(cohort.stop)
+        cohort.start()
         parts = Parts(encoder, cohort, server, device, World(), ([], []))
         wanted = settings.min_clients or config.clients.number
         return conduct(
