@@ -63,7 +63,7 @@ def decoded(
 
 def natives(arrays: Mapping[str, NDArray]) -> ArrayRecord:
     """Arrays by name as Flower's strategies know them."""
-    return ArrayRecord({name: Array(np.ascontiguousarray(array)) for name, array in arrays.items()})
+    return ArrayRecord({name: Array(np.require(array, requirements="C")) for name, array in arrays.items()})
 
 
 def weights_of(record: ArrayRecord, specification: Specification) -> dict[str, NDArray]:
