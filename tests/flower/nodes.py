@@ -147,15 +147,16 @@ def run(
     return serve(settings, nodes, callbacks, console)
 
 
-def log_of(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def written(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics so far; the last may be half-written."""
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in (path.read_text() if path.exists() else "").split("\n")[:-1]]
 
 
 def losses(run: Path) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in log_of(run) if "loss" in line}
+    return {line["step"]: line["loss"] for line in written(run) if "loss" in line}
 
 
 def figures(run: Path) -> dict[str, float]:
     """Flower's figures at the end of a run."""
-    return [line for line in log_of(run) if "failures" in line][-1]
+    return [line for line in written(run) if "failures" in line][-1]

@@ -97,9 +97,9 @@ class FlowerCohort:
     """Frozen clients under Flower (``clients.Cohort``).
 
     One message asks each client for the latents of a chunk: many steps. While the server trains from one chunk the
-    clients compute the next. A chunk is complete when everybody who was asked has answered or failed. Whoever fails
-    (an error, an answer that is not used, silence, a node that is gone) is left out of the chunk; its images wait for
-    the next one.
+    clients compute the next. A chunk is complete when everybody who was asked has answered or failed, or when the
+    quorum has and ``timeout`` is over. Whoever fails (an error, an answer that is not used, silence, a node that is
+    gone) is left out of the chunk; its images wait for the next one.
 
     Nodes are looked for all the time. Each is asked who it is: the number of a client, images, sums of their pixels. A
     node that comes back under another id takes its client over. Nodes keep nothing between two messages, so each
@@ -179,7 +179,7 @@ class FlowerCohort:
     def stop(self) -> None:
         """Leave the nodes alone."""
         self._over.set()
-        self._thread.join()
+        self._thread.join(10 * PAUSE)  # it may wait for a SuperLink that is gone
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def gather(self, count: int, say: Callable[[int], None] = lambda present: None) -> tuple[int, NDArray, NDArray]:
@@ -318,7 +318,8 @@ class FlowerCohort:
         chunk, began = self._coming, time.monotonic()
         while True:
             enough = len(chunk.answers) >= self.need
-            waiting = any(asked.chunk is chunk for asked in self._asked.values())
+            latest = time.monotonic() - self.settings.timeout if enough else -math.inf
+            waiting = any(asked.chunk is chunk and asked.since > latest for asked in self._asked.values())
             if enough and not waiting:
                 break
             if self._stopping():
@@ -333,6 +334,9 @@ class FlowerCohort:
                 )
             self._wait()
         self.waited += time.monotonic() - began
+        for asked in self._asked.values():
+            if asked.chunk is chunk:  # its client is left alone until the answer is there
+                self._blame(asked, f"no answer within {self.settings.timeout:g} s (timeout)")
         self._closed(chunk)
         self.drawn[chunk.clients] += (chunk.stop - chunk.start) * chunk.sizes
         self.counts["chunks"] += 1
@@ -381,9 +385,8 @@ class FlowerCohort:
         for identifier, asked in list(self._asked.items()):
             if asked.node not in self._there:
                 self._failed(self._asked.pop(identifier), "its node is gone")
-            elif now - asked.since > self.settings.timeout:
-                why = f"no answer within {self.settings.timeout:g} s (timeout)"
-                self._failed(self._asked.pop(identifier), why)
+            elif now - asked.since > self.settings.give_up:
+                self._failed(self._asked.pop(identifier), f"no answer within {self.settings.give_up:g} s (give-up)")
         self._ask_who(now)
         if self._coming is not None:
             self._ask(self._coming)
@@ -412,29 +415,39 @@ class FlowerCohort:
             if asked.client is None:
                 self._join(asked, *understood(lambda: who(reply.content)))
             else:
+                self.round_trips.append(time.monotonic() - asked.since)
+                if asked.chunk is not self._coming:
+                    self.counts["late"] += 1
+                    return
                 self._answered(asked, reply)
                 self._failures[asked.client] = 0
-                self.round_trips.append(time.monotonic() - asked.since)
         except Violation as error:
             self._failed(asked, str(error))
 
     def _failed(self, asked: Asked, why: str) -> None:
         """Nothing came of a message."""
-        self.counts["failures"] += 1
         if asked.client is None:
             self._retry[asked.node] = time.monotonic() + self.settings.timeout
             self.say(f"node {asked.node} cannot join: {why}")
             return
-        self._failures[asked.client] += 1
-        if asked.chunk is not None:
-            rest = 2 ** (min(self._failures[asked.client], LONGEST_REST) - 1) - 1
-            self._rests[asked.client] = asked.chunk.stop + rest * (asked.chunk.stop - asked.chunk.start)
-        self.say(f"client {asked.client} has failed: {why}")
+        if asked.chunk is self._coming:
+            self._blame(asked, why)
+
+    def _blame(self, asked: Asked, why: str) -> None:
+        """A client is left out of a chunk, and rests if it is not the first time."""
+        client, chunk = asked.client, asked.chunk
+        assert client is not None
+        assert chunk is not None
+        self.counts["failures"] += 1
+        self._failures[client] += 1
+        rest = 2 ** (min(self._failures[client], LONGEST_REST) - 1) - 1
+        self._rests[client] = chunk.stop + rest * (chunk.stop - chunk.start)
+        self.say(f"client {client} has failed: {why}")
 
     def _push(self, asked: list[tuple[Asked, RecordDict]], kind: str) -> None:
         """Send messages."""
         messages = [
-            Message(content, asked_.node, kind, ttl=self.settings.timeout, group_id=str(self.counts["chunks"]))
+            Message(content, asked_.node, kind, ttl=self.settings.give_up, group_id=str(self.counts["chunks"]))
             for asked_, content in asked
         ]
         accepted = set(self.grid.push_messages(messages)) if messages else set()

@@ -113,7 +113,7 @@ class FlowerLog(Callback):
             "steps_per_second": (trainer.step - self.step) / max(now - self.last, 1e-9),
             "waited_seconds": round(cohort.waited, 2),
         }
-        values |= {name: cohort.counts[name] for name in ("chunks", "answers", "failures", "bytes_in")}
+        values |= {name: cohort.counts[name] for name in ("chunks", "answers", "failures", "late", "bytes_in")}
         if cohort.round_trips:
             values["round_trip_seconds"] = round(sum(cohort.round_trips) / len(cohort.round_trips), 2)
         if isinstance(cohort, AveragingCohort):

@@ -43,9 +43,9 @@ class FlowerSettings(Settings):
     quorum: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of min-clients (of clients.pool, if that is smaller) without whose answers the run waits."""
     timeout: Seconds = 600.0
-    """Seconds after which a message that a client has not answered is given up."""
+    """Seconds after which a client beyond the quorum is no longer waited for."""
     give_up: Seconds = 3600.0
-    """Seconds without a quorum after which the run ends."""
+    """Seconds without a quorum after which the run ends; a message is valid for as long."""
     steps: Annotated[int, Field(ge=0)] = 0
     """Steps that one message asks for, in mode latents. Unset: as many as fit in memory. (In mode average it is
     sync.every.)"""
