@@ -134,7 +134,7 @@ class Flower:
             if process.is_running():
                 process.send_signal(signal.SIGCONT)
                 process.terminate()
-        _, left = psutil.wait_procs(family, timeout=10)
+        _, left = psutil.wait_procs(family, timeout=5)
         for process in left:
             process.kill()
         psutil.wait_procs(left, timeout=PATIENCE)
@@ -212,8 +212,8 @@ def main() -> None:
     parser = common.parser(__doc__, repeats=1)
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--epochs", type=float, default=60, help="of each run")
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 10, 100, 300], help="that one message covers")
-    parser.add_argument("--least", type=int, default=6, help="messages of a run: fewer epochs where messages are small")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 30, 300], help="that one message covers")
+    parser.add_argument("--least", type=int, default=4, help="messages of a run: fewer epochs where messages are small")
     args: argparse.Namespace = parser.parse_args()
     device = common.begin(args)
     base = recipe("digits").updated(
@@ -242,12 +242,12 @@ def main() -> None:
 
         note("simulated", simulated(folder / "simulated", config))
         note("gRPC", by_grpc(folder / "grpc", config, parts))
-        for steps in args.steps:
+        cases = [(steps, "fp32") for steps in args.steps] + [(args.steps[-1], "int8")]
+        for steps, latents in cases:
             length = min(args.epochs, args.least * steps * config.step_images / images)
-            for latents in ("fp32", "int8"):
-                own = config.updated({"traffic.latents": latents, "train.epochs": length})
-                made = by_flower(folder / f"flower-{steps}-{latents}", own, parts, {"steps": steps})
-                note(f"Flower, {steps} steps a message, {latents}", made)
+            own = config.updated({"traffic.latents": latents, "train.epochs": length})
+            made = by_flower(folder / f"flower-{steps}-{latents}", own, parts, {"steps": steps})
+            note(f"Flower, {steps} steps a message, {latents}", made)
     rows = [
         [
             title,

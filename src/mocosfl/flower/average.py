@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -38,8 +38,8 @@ class AveragingCohort(FlowerCohort):
         strategy: averages.
     """
 
-    prefetch = False
-    kind = LEARN
+    kind: ClassVar[str] = LEARN
+    prefetch: ClassVar[bool] = False
     server: Server
     rates: Callable[[int], float]
 

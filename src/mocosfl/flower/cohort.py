@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -123,7 +123,10 @@ class FlowerCohort:
         counts: of failed messages, bytes and so on.
     """
 
-    prefetch = True
+    kind: ClassVar[str] = LATENTS
+    """Type of the messages that ask for a chunk."""
+    prefetch: ClassVar[bool] = True
+    """Whether the next chunk is asked for while the server trains from this one."""
 
     def __init__(
         self,
@@ -516,8 +519,6 @@ class FlowerCohort:
             content = RecordDict({**common, "ask": own})
             asked.append((Asked(self.nodes[client], now, client, first, chunk), content))
         self._push(asked, self.kind)
-
-    kind = LATENTS
 
     def _weights(self) -> dict[str, NDArray]:
         """What clients compute with, by name."""
