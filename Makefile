@@ -3,7 +3,7 @@ VENV := .venv
 SOURCE ?= cifar10
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
-WAITING := tests/network
+WAITING := tests/network tests/flower/deployed
 
 .PHONY: demo test soak lint docs wheels bench bench-gpu proto clean
 .DEFAULT_GOAL := demo

@@ -202,7 +202,7 @@ def test_rates_warm_up_and_fall_along_a_cosine_in_steps() -> None:
     rates = []
     for step in range(trainer.steps):
         trainer.step = step
-        rates.append(trainer._learning_rates())
+        rates.append(trainer.rates_of(trainer.step))
     server_lr, client_lr = (np.array(column) for column in zip(*rates, strict=True))
     assert server_lr[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
     assert server_lr[5:] == pytest.approx([0.25 * (1 + math.cos(math.pi * i / 20)) for i in range(20)])

@@ -284,7 +284,7 @@ def _tell(command: str, result: Any) -> int:
                 soft_wrap=True,
             )
         return INTERRUPTED
-    _print_figures(result.metrics)
+    print_figures(result.metrics)
     console.print(f"run folder: {result.run}", highlight=False, soft_wrap=True)
     if command == "pretrain":
         console.print(
@@ -297,7 +297,7 @@ def _evaluate(args: Sequence[str]) -> int:
     given = tyro.cli(EvaluateArguments, prog="mocosfl evaluate", args=args)
     from mocosfl.experiment import evaluate
 
-    _print_figures(evaluate(given.run, console, given.device))
+    print_figures(evaluate(given.run, console, given.device))
     return 0
 
 
@@ -393,7 +393,8 @@ def _embed(args: Sequence[str]) -> int:
     return 0
 
 
-def _print_figures(metrics: dict[str, Any]) -> None:
+def print_figures(metrics: dict[str, Any], console: Console = console) -> None:
+    """The accuracies of a run, as a table, if it has any."""
     rows = [
         ("kNN of the untrained encoder", "knn_untrained"),
         ("kNN", "knn"),

@@ -538,6 +538,11 @@ class Config(Settings):
         batches[self.pool - self.pool_rich :] *= self.clients.rich_batch_factor
         return batches
 
+    def batch_of(self, client: int) -> int:
+        """Images of one client in a step."""
+        rich = client >= self.clients.number - self.rich
+        return self.clients.batch * (self.clients.rich_batch_factor if rich else 1)
+
     @property
     def step_images(self) -> int:
         """Images of one step, over all active clients."""

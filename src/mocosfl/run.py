@@ -179,7 +179,8 @@ class Run:
             RunError: names the settings that differ, or the command that the run is of.
         """
         if self.command != command:
-            raise RunError(f"{self.path} is a run of `mocosfl {self.command}`; resume it with that")
+            made_by = "flwr run" if self.command == "flower" else f"mocosfl {self.command}"
+            raise RunError(f"{self.path} is a run of `{made_by}`; resume it with that")
         ours, theirs = (_flat(c.model_dump(mode="json")) for c in (self.config, config))
         differ = [name for name in ours if ours[name] != theirs[name] and name not in RESUMABLE]
         if differ:
@@ -250,7 +251,7 @@ class Run:
 
     @property
     def command(self) -> str:
-        """The command that makes and resumes this run: train, pretrain or serve."""
+        """The command that makes and resumes this run: train, pretrain, serve, or flower for `flwr run`."""
         return (self.data_facts() or {}).get("kind", "train")
 
     def log(self, record: dict[str, Any]) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 
 from mocosfl.clients import Cohort
@@ -65,25 +67,17 @@ def serve(
     device = choose_device(config.train.device)
     console = Console(quiet=True) if console is None else console
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    fresh = True  # nothing is kept yet
-    if resume:
-        earlier = Run.open(out)
-        earlier.check_resumable(config, "serve")
-        fresh = earlier.latest_step is None
-    else:
-        Run.check_free(out, overwrite)
+    fresh = folder_is_fresh("serve", config, out, resume, overwrite)
     check_certificates(settings)
     check_listenable(settings.listen)
     if settings.metrics_port is not None:
         check_listenable(f"127.0.0.1:{settings.metrics_port}")
     with prepared(device), contextlib.ExitStack() as stack:
-        own = _own_images(config, settings, say)
+        own = own_images(config, settings.evaluate_on, say)
         channels, size, _ = own.train.shape
         encoder, head = networks(config, channels, size, fresh)
         run = Run(Path(out), config) if resume else Run.create(out, config, overwrite)
         stack.enter_context(run.locked())
-        facts = run.data_facts() or {"kind": "serve"}
-        run.write_json("data.json", facts)
         events = stack.enter_context(event_log(run.path / "events.jsonl"))
         cohort = RemoteCohort(encoder.client, config, settings, encoder.latent_shape, channels, size, device, events)
         finished = False
@@ -94,40 +88,129 @@ def serve(
                 callback.observe(cohort)
         host = settings.listen.rpartition(":")[0]
         say(f"listening on {host}:{cohort.exchange.service.port}" + ("" if settings.tls_cert else " without TLS"))
-        wanted = settings.min_clients or config.clients.number
-        if config.recalls and "client_images" in facts:
-            cohort.images[:] = facts["client_images"]
-        if not _all_is_here(config, run, facts):
-            images, mean, std = cohort.gather(wanted, lambda there: say(f"waiting for clients: {there} of {wanted}"))
-        if "images" not in facts:
-            own_mean, own_std = (encoder.mean, encoder.std) if config.clients.init else map(torch.tensor, (mean, std))
-            facts |= {"images": images, "mean": own_mean.tolist(), "std": own_std.tolist()}
-            facts["evaluate_on"] = settings.evaluate_on
-            if config.recalls:
-                facts["client_images"] = cohort.images.tolist()
-            run.write_json("data.json", facts)
-            run.write_fingerprints(seen(config, None))
-        encoder.mean.copy_(torch.tensor(facts["mean"]))
-        encoder.std.copy_(torch.tensor(facts["std"]))
-        encoder.to(device)
-        own.train.to(device)
-        stack.callback(lambda: run.write_partition(cohort.images))  # by then those who came late are known too
-        cohort.begin(encoder.mean.cpu().numpy(), encoder.std.cpu().numpy())
-        if config.clients.frozen:
-            say(f"half:    SHA-256 {cohort.exchange.fingerprint()}")
-        clients: Cohort = cohort
-        if config.recalls:
-            begun = np.array(facts["client_images"])
-            clients = RecallingCohort(cohort, config, cohort.images, encoder.latent_shape, device, begun)
-            cohort.exchange.room = clients.store.room / 2  # to make room for more takes twice the memory for a moment
         server = Server(encoder.server, head, config, WIDTHS[config.model.head], device)
-        rows, held_out = set_aside(config.data.held_out, np.arange(len(own.train)), own.train.labels, config.seed)
-        nobody = Partition(np.zeros(0, np.int64), np.zeros(1, np.int64))
-        guests = Guests(own, rows, held_out, nobody, facts["images"], cohort.present)
-        parts = Parts(encoder, clients, server, device, World(), (facts["mean"], facts["std"]))
-        result = run_to_end("serve", config, run, guests, parts, callbacks, console, say, settings.metrics_port)
+        parts = Parts(encoder, cohort, server, device, World(), ([], []))
+        wanted = settings.min_clients or config.clients.number
+        result = conduct(
+            "serve",
+            config,
+            run,
+            own,
+            parts,
+            cohort,
+            wanted,
+            settings.evaluate_on,
+            callbacks,
+            console,
+            settings.metrics_port,
+        )
         finished = result.finished
     return result
+
+
+class ElsewhereCohort(Cohort, Protocol):
+    """Clients that are not in this process, of whom nothing is known before they come.
+
+    Attributes:
+        images: (N,) int64, of each client; 0 if it has not been there. It fills as clients come.
+    """
+
+    @property
+    def images(self) -> NDArray[np.int64]: ...
+
+    @property
+    def present(self) -> int:
+        """Clients that are there."""
+
+    def gather(self, count: int, say: Callable[[int], None]) -> tuple[int, NDArray, NDArray]:
+        """Wait for so many clients; returns their images, and mean and standard deviation of each channel."""
+
+    def begin(self, mean: NDArray, std: NDArray) -> None:
+        """Let the clients start; images are normalised with these, (C,)."""
+
+    def admit(self, images: float) -> None:
+        """So many images may all clients have together."""
+
+    def fingerprint(self) -> str:
+        """Of the half that frozen clients are handed (``mocosfl_device.wire.fingerprint``)."""
+
+
+def folder_is_fresh(command: str, config: Config, out: str | Path, resume: bool, overwrite: bool) -> bool:
+    """Whether nothing is kept yet in a run folder, before any work is done.
+
+    Raises:
+        RunError: the folder cannot be used.
+    """
+    if not resume:
+        Run.check_free(out, overwrite)
+        return True
+    earlier = Run.open(out)
+    earlier.check_resumable(config, command)
+    return earlier.latest_step is None
+
+
+def conduct(
+    command: str,
+    config: Config,
+    run: Run,
+    own: Splits,
+    parts: Parts,
+    cohort: ElsewhereCohort,
+    wanted: int,
+    evaluate_on: str | None,
+    callbacks: tuple[Callback, ...],
+    console: Console,
+    metrics_port: int | None = None,
+) -> Result:
+    """Wait for clients that are elsewhere, and train with them to the end of the run.
+
+    Args:
+        command: that the run is of.
+        config: all settings.
+        run: its folder, locked.
+        own: the server's own images; may be none.
+        parts: in their initial state, on the CPU but for the server; their cohort and statistics are found here.
+        cohort: the clients, who can be heard.
+        wanted: clients to wait for before the run begins.
+        evaluate_on: where ``own`` is from.
+        callbacks, console, metrics_port: as for ``run_to_end``.
+    """
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    encoder, device = parts.encoder, parts.device
+    facts = run.data_facts() or {"kind": command}
+    run.write_json("data.json", facts)
+    if config.recalls and "client_images" in facts:
+        cohort.images[:] = facts["client_images"]
+    if not _all_is_here(config, run, facts):
+        images, mean, std = cohort.gather(wanted, lambda there: say(f"waiting for clients: {there} of {wanted}"))
+    if "images" not in facts:
+        own_mean, own_std = (encoder.mean, encoder.std) if config.clients.init else map(torch.tensor, (mean, std))
+        facts |= {"images": images, "mean": own_mean.tolist(), "std": own_std.tolist()}
+        facts["evaluate_on"] = evaluate_on
+        if config.recalls:
+            facts["client_images"] = cohort.images.tolist()
+        run.write_json("data.json", facts)
+        run.write_fingerprints(seen(config, None))
+    encoder.mean.copy_(torch.tensor(facts["mean"]))
+    encoder.std.copy_(torch.tensor(facts["std"]))
+    encoder.to(device)
+    own.train.to(device)
+    cohort.begin(encoder.mean.cpu().numpy(), encoder.std.cpu().numpy())
+    if config.clients.frozen:
+        say(f"half:    SHA-256 {cohort.fingerprint()}")
+    clients: Cohort = cohort
+    if config.recalls:
+        begun = np.array(facts["client_images"])
+        clients = RecallingCohort(cohort, config, cohort.images, encoder.latent_shape, device, begun)
+        cohort.admit(clients.store.room / 2)  # to make room for more takes twice the memory for a moment
+    rows, held_out = set_aside(config.data.held_out, np.arange(len(own.train)), own.train.labels, config.seed)
+    nobody = Partition(np.zeros(0, np.int64), np.zeros(1, np.int64))
+    guests = Guests(own, rows, held_out, nobody, facts["images"], cohort.present)
+    parts = replace(parts, cohort=clients, statistics=(facts["mean"], facts["std"]))
+    try:
+        return run_to_end(command, config, run, guests, parts, callbacks, console, say, metrics_port)
+    finally:
+        run.write_partition(cohort.images)  # by now those who came late are known too
 
 
 def _all_is_here(config: Config, run: Run, facts: dict[str, Any]) -> bool:
@@ -139,14 +222,7 @@ def _all_is_here(config: Config, run: Run, facts: dict[str, Any]) -> bool:
 
 def _check_servable(config: Config, settings: ServeSettings, resume: bool) -> None:
     """Raises ``SettingError`` for what cannot be done over the network."""
-    check_frozen(config, resume)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise SettingError(f"mocosfl serve is for one process; torchrun has started {os.environ['WORLD_SIZE']}")
-    if config.defence.kind in ("nopeek", "ressfl"):
-        raise SettingError(
-            f"defence.kind={config.defence.kind}: its loss needs all clients' latents beside their images, and is only "
-            "simulated; accepted over the network are none, noise and dropout"
-        )
+    check_remote("mocosfl serve", config, resume)
     registry_of(settings)
     if (settings.min_clients or 0) > config.clients.number:
         raise SettingError(
@@ -154,10 +230,22 @@ def _check_servable(config: Config, settings: ServeSettings, resume: bool) -> No
         )
 
 
-def _own_images(config: Config, settings: ServeSettings, say: Callable[[str], None]) -> Splits:
+def check_remote(command: str, config: Config, resume: bool) -> None:
+    """Raises ``SettingError`` for what cannot be done with clients elsewhere, whatever way they are reached."""
+    check_frozen(config, resume)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise SettingError(f"{command} is for one process; torchrun has started {os.environ['WORLD_SIZE']}")
+    if config.defence.kind in ("nopeek", "ressfl"):
+        raise SettingError(
+            f"defence.kind={config.defence.kind}: its loss needs all clients' latents beside their images, and is only "
+            "simulated; accepted over the network are none, noise and dropout"
+        )
+
+
+def own_images(config: Config, evaluate_on: str | None, say: Callable[[str], None]) -> Splits:
     """The server's own images; none, but of the right shape, if it has none."""
-    if settings.evaluate_on is not None:
-        return load(config.data.model_copy(update={"source": settings.evaluate_on}), config.seed, say)
+    if evaluate_on is not None:
+        return load(config.data.model_copy(update={"source": evaluate_on}), config.seed, say)
     size, channels = config.data.size, config.data.channels
     if size is None:
         raise SettingError(

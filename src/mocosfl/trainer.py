@@ -91,7 +91,7 @@ class Trainer:
         while self.step < self.steps and not self.world.any(self.stop):
             if sampled and self.step % self.round_steps == 0:
                 self.cohort.activate(self._pool(self.step // self.round_steps))
-            self.rates = server_lr, client_lr = self._learning_rates()
+            self.rates = server_lr, client_lr = self.rates_of(self.step)
 
             try:
                 with phase("clients"):
@@ -124,12 +124,12 @@ class Trainer:
         since = self.step % self.round_steps if sampled else self.step
         return (every > 0 and since % every == 0) or (sampled and since == 0) or self.step == self.steps
 
-    def _learning_rates(self) -> tuple[float, float]:
-        """Rates of server and clients for the step to come: warm-up, then a cosine, both counted in steps."""
-        if self.step < self.warmup:
-            factor = (self.step + 1) / self.warmup
+    def rates_of(self, step: int) -> tuple[float, float]:
+        """Learning rates of server and clients in a step, from 0: warm-up, then a cosine, both counted in steps."""
+        if step < self.warmup:
+            factor = (step + 1) / self.warmup
         else:
-            done = (self.step - self.warmup) / max(1, self.steps - self.warmup)
+            done = (step - self.warmup) / max(1, self.steps - self.warmup)
             factor = (1 + math.cos(math.pi * done)) / 2
         settings = self.config.train
         return factor * settings.lr, factor * (self.config.clients.lr or settings.lr)

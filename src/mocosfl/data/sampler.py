@@ -35,6 +35,24 @@ def pool_of_round(
     return np.sort(np.concatenate(drawn))
 
 
+def with_stand_ins(seed: int, step: int, pool: NDArray[np.int64], present: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Replace clients that are away by others that are there, drawn alike.
+
+    Args:
+        seed: the run's seed.
+        step: at which the round begins.
+        pool: (P,) int64, the clients of the round.
+        present: (p,) int64, all that are there, in ascending order.
+
+    Returns:
+        (P,) int64 client numbers in ascending order; those for whom nobody stands in are still among them.
+    """
+    away, others = np.setdiff1d(pool, present), np.setdiff1d(present, pool)
+    order = np.argsort(bits(seed, POOL, step, others, 1))
+    stand_in = others[order][: len(away)]
+    return np.union1d(np.setdiff1d(pool, away[: len(stand_in)]), stand_in)
+
+
 class ClientSampler:
     """Sampling without replacement: each client goes through its images in an order of its own, anew every epoch.
 

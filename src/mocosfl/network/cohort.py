@@ -116,6 +116,14 @@ class RemoteCohort:
         self.exchange.steps, self.exchange.round_steps = steps, round_steps or 2**62
         self._stopping = stopping
 
+    def admit(self, images: float) -> None:
+        """So many images may all clients have together; who would bring more is refused."""
+        self.exchange.room = images
+
+    def fingerprint(self) -> str:
+        """Of the half that frozen clients are handed."""
+        return self.exchange.fingerprint()
+
     @property
     def images(self) -> NDArray[np.int64]:
         """(N,) int64, images of each client; 0 if it has not been there. It fills as clients come."""

@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mocosfl.config import Config
+from mocosfl.data.sampler import with_stand_ins
 from mocosfl.models.description import described, shown
+from mocosfl.network.claims import Holding, check_weights, pooled
 from mocosfl.network.service import Events, Gradient, Service, Session
 from mocosfl.network.settings import ServeSettings
 from mocosfl.network.welcome import client_settings
@@ -32,7 +34,6 @@ from mocosfl_device.protocol_pb2 import (
 )
 from mocosfl_device.protocol_pb2 import Latents as LatentsMessage
 from mocosfl_device.protocol_pb2 import Weights as WeightsMessage
-from mocosfl_device.randomness import POOL, bits
 from mocosfl_device.wire import (
     Coder,
     Refused,
@@ -49,10 +50,6 @@ TRANSIT, LARGE_TRANSIT, LARGE = 64 * 2**20, 16 * 2**20, 128 * 2**20
 of a step are larger, clients are asked in turn; where they are ``LARGE`` and fill the memory themselves, fewer."""
 AHEAD = 256 * 2**20
 """Bytes of the steps that frozen clients may be ahead of the server, the one under way included."""
-MOST_IMAGES = 10**9
-"""Images that a client may say it holds."""
-LEAP = 100.0
-"""So many times the largest weight of the last average (or 1, if that is larger) may a client's weights be."""
 LONGEST_REST = 6
 """A client that is late n times in a row is left out of the next 2^n - 2 steps; n counts to this many."""
 
@@ -187,15 +184,7 @@ class Exchange:
                 said = there
             await self._change(1.0)
         sessions = list(self.service.sessions.values())
-        images = sum(session.images for session in sessions)
-        sums, squares = (
-            [sum(channel) for channel in zip(*(getattr(s, name) for s in sessions), strict=True)]  # exact integers
-            for name in ("sums", "squares")
-        )
-        pixels = images * self.size**2
-        mean = np.array([s / pixels for s in sums]) / 255
-        variance = np.array([q / pixels - (s / pixels) ** 2 for s, q in zip(sums, squares, strict=True)]) / 255**2
-        return images, mean, np.maximum(np.sqrt(np.maximum(variance, 0)), 1 / 255)
+        return pooled([Holding(s.images, s.sums, s.squares) for s in sessions], self.size)
 
     @property
     def need(self) -> int:
@@ -205,17 +194,11 @@ class Exchange:
     def seat_pool(self, pool: NDArray[np.int64]) -> None:
         """Give every active client, (P,) int64 ascending, its place in the batch."""
         self.pool, self.used = pool, np.zeros(0, np.int64)
-        self.sizes = np.array([self._batch_of(client) for client in pool.tolist()])
+        self.sizes = np.array([self.config.batch_of(client) for client in pool.tolist()])
         self.starts = np.cumsum(self.sizes) - self.sizes
         self.bounds = [(s, s + n) for s, n in zip(self.starts.tolist(), self.sizes.tolist(), strict=True)]
         self.seat = {int(client): place for place, client in enumerate(self.pool)}
         self._spare = []
-
-    def _batch_of(self, client: int) -> int:
-        """A client's images of a step."""
-        settings = self.config.clients
-        rich = client >= settings.number - self.config.rich
-        return settings.batch * (settings.rich_batch_factor if rich else 1)
 
     def rows(self) -> NDArray[np.int64]:
         """Rows of the batch whose latents are there."""
@@ -228,10 +211,7 @@ class Exchange:
         """Start a round; clients that are away are replaced by others, drawn alike."""
         before = set(self.pool.tolist()) if self.activated.any() else set()
         present = np.array(sorted(self.service.sessions), np.int64)
-        away, others = np.setdiff1d(pool, present), np.setdiff1d(present, pool)
-        order = np.argsort(bits(self.config.seed, POOL, self.step, others, 1))
-        stand_in = others[order][: len(away)]
-        pool = np.union1d(np.setdiff1d(pool, away[: len(stand_in)]), stand_in)
+        pool = with_stand_ins(self.config.seed, self.step, pool, present)
         for batch in self._batches.values():
             self._close(batch)
         self._batches.clear()
@@ -485,7 +465,7 @@ class Exchange:
             raise Refused(
                 Goodbye.REFUSED, f"there is no client {client}: the run has {config.clients.number} (clients.number)"
             )
-        told = client_settings(config, self.layers, self.initial, self.channels, self.size, self._batch_of(client))
+        told = client_settings(config, self.layers, self.initial, self.channels, self.size, config.batch_of(client))
         told["traffic"]["zstd"] &= "zstd" in capabilities
         told["images"] = int(self.images[client]) if config.recalls else 0
         return Welcome(client=client, settings=json.dumps(told), heartbeat=self.settings.heartbeat, frozen=self.frozen)
@@ -500,14 +480,7 @@ class Exchange:
 
     def check_ready(self, ready: Ready) -> None:
         """Pixel statistics must be those of some images."""
-        if not 0 < ready.images <= MOST_IMAGES:
-            raise Violation(f"{ready.images} images; accepted are 1 to {MOST_IMAGES}")
-        if not len(ready.sums) == len(ready.squares) == self.channels:
-            raise Violation(f"statistics of {len(ready.sums)} channels; the images have {self.channels}")
-        pixels = ready.images * self.size**2
-        for total, squares in zip(ready.sums, ready.squares, strict=True):
-            if squares > 255 * total or total**2 > squares * pixels:
-                raise Violation("statistics that no images have")
+        Holding(ready.images, ready.sums, ready.squares).check(self.channels, self.size)
 
     def entered(self, session: Session) -> None:
         """A client has joined: it is asked at once if a step is under way.
@@ -544,7 +517,7 @@ class Exchange:
         if message.step != session.asked[0]:
             raise Violation(f"latents of step {message.step}, and step {session.asked[0]} comes first")
         client, batch = session.client, self._batches.get(message.step)
-        shape = (self.views, self._batch_of(client), *self.shape)
+        shape = (self.views, self.config.batch_of(client), *self.shape)
         pieces = [
             unpack_latents(tensor, shape, self.settings.max_latent, name, self._latents)
             for tensor, name in ((message.query, "query latents"), (message.key, "key latents"))
@@ -575,7 +548,7 @@ class Exchange:
         if message.number != session.collecting:
             raise Violation(f"weights of collection {message.number} instead of {session.collecting}")
         arrays = unpack_weights(message, self._specification)
-        self._check_weights(arrays)
+        check_weights(arrays, {"online": self.online, "momentum": self.momentum})
         self.counts["tensor_bytes_in"] += sum(array.nbytes for array in arrays.values())
         session.collecting = None
         if session.client not in self._collect_from:
@@ -585,21 +558,6 @@ class Exchange:
         self._collect_from.discard(session.client)
         if not self._collect_from:
             self._changed.set()
-
-    def _check_weights(self, arrays: Mapping[str, NDArray]) -> None:
-        """Raises ``Violation`` for weights that no training leads to from those that were handed out."""
-        for name, array in arrays.items():
-            half, _, weight = name.partition(".")
-            before = getattr(self, half)[weight]
-            if not before.is_floating_point():
-                continue
-            most = LEAP * max(1.0, float(before.abs().max()))
-            if (largest := float(np.abs(array).max(initial=0))) > most:
-                raise Violation(
-                    f"weights {name}: {largest:.3g} is far from those handed out, at most {most:g} is allowed"
-                )
-            if weight.endswith("running_var") and array.min(initial=0) < 0:
-                raise Violation(f"weights {name}: a variance is negative")
 
     def gone(self, session: Session) -> None:
         """A client has left: nothing of it is waited for."""

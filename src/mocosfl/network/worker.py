@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mocosfl.clients import FrozenCohort, LocalCohort
 from mocosfl.config import Config
-from mocosfl.data.images import channel_sums
+from mocosfl.data.images import ImageSet, channel_sums
 from mocosfl.data.partition import Partition
 from mocosfl.data.sampler import ClientSampler
 from mocosfl.data.sources import count_images, load_unlabelled
@@ -30,7 +30,7 @@ class TorchWorker:
     """Computes a client's latents and steps.
 
     Args:
-        source: the client's images, as data.source.
+        source: the client's images, as data.source, or decoded.
         device: where to compute.
         say: told what is converted or left out.
 
@@ -40,9 +40,9 @@ class TorchWorker:
 
     capabilities: tuple[str, ...] = ("learn", "forward")
 
-    def __init__(self, source: str, device: torch.device, say: Callable[[str], None]) -> None:
+    def __init__(self, source: str | ImageSet, device: torch.device, say: Callable[[str], None]) -> None:
         self.source, self.device, self.say = source, device, say
-        self.images = count_images(source, say)
+        self.images = len(source) if isinstance(source, ImageSet) else count_images(source, say)
         self.description: Mapping[str, Any] = {}
         self._key: tuple[int, str] | None = None
         self._codec: dict[str, Any] = {}
@@ -57,8 +57,8 @@ class TorchWorker:
         self.config = self._settings(welcome)
         key = (welcome.client, self.config.to_yaml())
         if key != self._key:
-            data = self.config.data
-            self.pixels = load_unlabelled(data, self.say)
+            decoded = self.source if isinstance(self.source, ImageSet) else None
+            self.pixels = load_unlabelled(self.config.data, self.say) if decoded is None else decoded
             self.sums = channel_sums(self.pixels, np.arange(len(self.pixels)))
             self.pixels.to(self.device)
             self._key = key
@@ -69,7 +69,8 @@ class TorchWorker:
         """The server's settings, for a cohort whose last client is this one."""
         try:
             told: dict[str, Any] = json.loads(welcome.settings)
-            told["data"] |= {"source": self.source}
+            if isinstance(self.source, str):
+                told["data"] |= {"source": self.source}
             told["clients"] |= {"number": welcome.client + 1, "pool": 1, "frozen": welcome.frozen}
             told["sync"] |= {"every": 0}
             self._codec = {name: told["traffic"][name] for name in ("latents", "topk")}

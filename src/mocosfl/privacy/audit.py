@@ -192,7 +192,7 @@ def compare(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
         latent, contrast = 4 * math.prod(encoder.latent_shape), run.config.contrast
         views = 2 if contrast.both_views else 1
         row: dict[str, Any] = {"name": Path(path).name, "up": 2 * views * latent}
-        row["down"] = 0 if run.config.clients.frozen or run.command == "pretrain" else views * latent
+        row["down"] = 0 if run.config.clients.frozen or run.command in ("pretrain", "flower") else views * latent
         row["audit"] = [report["settings"], report["images"], report["gallery"]]
         row |= {name: result.get(name) for name in ("knn", "linear_probe")}
         for score in ("mse", "ssim", "identified"):
