@@ -1,6 +1,7 @@
-"""One process of several, for test_distributed: trains a few steps in float64 and has rank 0 write what came out.
+"""One process of several, for test_distributed: trains a few steps in float64, of several runs one after the other, and
+writes what came out.
 
-torchrun --nproc-per-node=2 tests/rank.py OUT '{"clients.pool": 4, ...}' STEPS [STATE]
+torchrun --nproc-per-node=2 tests/rank.py OUT '[[{"clients.pool": 4, ...}, STEPS, STATE or null], ...]'
 """
 
 import gc
@@ -41,13 +42,13 @@ BASE = {
 
 
 class Log(Callback):
-    """Losses and accuracies of every step; ends after so many."""
+    """Losses, accuracies and divergences of every step; ends after so many."""
 
     def __init__(self, steps: int) -> None:
         self.steps, self.values = steps, []
 
     def after_step(self, trainer: Trainer, metrics: dict[str, torch.Tensor]) -> None:
-        self.values.append([float(metrics["loss"]), float(metrics["contrast_accuracy"])])
+        self.values.append({name: float(value) for name, value in metrics.items()})
         trainer.stop = trainer.world.rank == 0 and trainer.step >= self.steps  # one process asks, all stop
 
 
@@ -73,18 +74,22 @@ def train(changes: dict, steps: int, world: World, state: dict | None = None) ->
         trainer.load_state_dict(state)
     trainer.run()
     average = cohort.average()
-    return log.values, trainer.state_dict() | {"average": average}
+    end = trainer.state_dict() | {"average": average}
+    end["stopwatch"] = {}  # times differ
+    return log.values, end
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    out, changes, steps, *rest = sys.argv[1:]
-    start = torch.load(rest[0]) if rest else None
+    out, runs = sys.argv[1:]
+    ends = []
     with joined(CPU) as group:
-        values, end = train(json.loads(changes), int(steps), group, start)
+        for changes, steps, start in json.loads(runs):
+            values, end = train(changes, steps, group, torch.load(start) if start else None)
+            ends.append({"values": values, "state": end})
         if group.size > 1:  # one process alone has no group
             for function in (o for o in gc.get_objects() if isinstance(o, FunctionType)):
                 held = any(default is dist.group.WORLD for default in function.__defaults__ or ())
                 assert not held, f"{function.__module__}.{function.__qualname__} would keep the group beyond its end"
         path = Path(out)
-        torch.save({"values": values, "state": end}, path if group.rank == 0 else path.with_suffix(f".{group.rank}"))
+        torch.save(ends, path if group.rank == 0 else path.with_suffix(f".{group.rank}"))

@@ -27,10 +27,10 @@ def torchrun(processes: int, *args: str) -> list[str]:
     return [*launcher, *args]
 
 
-def together(processes: int, out: Path, changes: dict, steps: int, *state: str) -> list[dict]:
-    """What every process ended with."""
-    command = torchrun(processes, str(Path(__file__).parent / "rank.py"), str(out), json.dumps(changes), str(steps))
-    done = subprocess.run([*command, *state], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+def together(processes: int, out: Path, *runs: tuple[dict, int, str | None]) -> list[list[dict]]:
+    """What every process ended each run with: changes to the settings, steps, and a file of the state to start from."""
+    command = torchrun(processes, str(Path(__file__).parent / "rank.py"), str(out), json.dumps(runs))
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(out if rank == 0 else out.with_suffix(f".{rank}")) for rank in range(processes)]
 
@@ -54,39 +54,61 @@ def assert_same(ours: object, theirs: object, where: str = "state") -> None:
 KEPT = {"clients.keep_optimizer": True, "sync.momentum": False}
 
 
-@pytest.mark.parametrize(
-    ("processes", "changes"),
-    [
-        (2, {}),
-        (4, {"clients.pool": 5, "clients.round": 3}),
-        (2, {"clients.pool": 5, "clients.round": 3, "clients.batch": 2, **KEPT}),
-        (4, {"sync.every": 1, "model.cut": 3}),
-        (2, {"contrast.feature_sharing": False, "contrast.symmetric": False, "clients.lr_scale": "per_client_mean"}),
-        (2, {"model.server_norm": "batch", "model.head": "large", "contrast.queue": 20}),
-        (2, {"clients.rich_share": 0.3, "clients.rich_batch_factor": 3, "contrast.both_views": True}),
-        (2, {"clients.frozen": True}),
-        (2, {"sync.average": "median", "clients.pool": 5, "clients.round": 3}),
-        (2, {"defence.kind": "ressfl", "ressfl.ssim_target": -1, "ressfl.blocks": 1, "ressfl.channels": 8}),
+CASES = {
+    2: [
+        {},
+        {"clients.pool": 5, "clients.round": 3, "clients.batch": 2, **KEPT},
+        {"contrast.feature_sharing": False, "contrast.symmetric": False, "clients.lr_scale": "per_client_mean"},
+        {"model.server_norm": "batch", "model.head": "large", "contrast.queue": 20},
+        {"clients.rich_share": 0.3, "clients.rich_batch_factor": 3, "contrast.both_views": True},
+        {"clients.frozen": True},
+        {"sync.average": "median", "clients.pool": 5, "clients.round": 3},
+        {"defence.kind": "ressfl", "ressfl.ssim_target": -1, "ressfl.blocks": 1, "ressfl.channels": 8},
     ],
-    ids=str,
+    4: [
+        {"clients.pool": 5, "clients.round": 3},
+        {"sync.every": 1, "model.cut": 3},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[list[dict]]]:
+    """What all cases ended with, by number of processes: to start processes takes longer than to train so little."""
+    folder = tmp_path_factory.mktemp("ends")
+    return {
+        processes: together(processes, folder / f"{processes}.pt", *((changes, 9, None) for changes in cases))
+        for processes, cases in CASES.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("processes", "case"), [(processes, case) for processes in CASES for case in range(len(CASES[processes]))]
 )
-def test_processes_train_as_one_would(processes: int, changes: dict, tmp_path: Path) -> None:
-    values, state = train(changes, 9, World())
-    ends = together(processes, tmp_path / "end.pt", changes, 9)
-    for end in ends:  # every process ends with the same queue, server, pool and averages
-        assert_same(end["values"], values, "metrics")
-        assert_same(end["state"], state)
+def test_processes_train_as_one_would(processes: int, case: int, ends: dict[int, list[list[dict]]]) -> None:
+    values, state = train(CASES[processes][case], 9, World())
+    for of_process in ends[processes]:  # every process ends with the same queue, server, pool and averages
+        assert_same(of_process[case]["values"], values, "metrics")
+        assert_same(of_process[case]["state"], state)
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (4, 1), (2, 4)])
 def test_a_state_of_some_processes_goes_on_with_others(before: int, after: int, tmp_path: Path) -> None:
     changes = {"clients.pool": 5, "clients.round": 3, **KEPT}
     values, state = train(changes, 9, World())
-    half = together(before, tmp_path / "half.pt", changes, 4)[0]
+    half = end(before, tmp_path / "half.pt", changes, 4)
     torch.save(half["state"], tmp_path / "state.pt")
-    rest = together(after, tmp_path / "end.pt", changes, 9, str(tmp_path / "state.pt"))[0]
+    rest = end(after, tmp_path / "end.pt", changes, 9, str(tmp_path / "state.pt"))
     assert_same(half["values"] + rest["values"], values, "metrics")
     assert_same(rest["state"], state)
+
+
+def end(processes: int, out: Path, changes: dict, steps: int, start: str | None = None) -> dict:
+    """What the first process ended one run with."""
+    if processes > 1:
+        return together(processes, out, (changes, steps, start))[0][0]
+    values, state = train(changes, steps, World(), torch.load(start) if start else None)
+    return {"values": values, "state": state}
 
 
 TINY = [
