@@ -15,8 +15,8 @@ from mocosfl.privacy.scores import identified, ssim
 SIZE, COUNT = 16, 8
 MEAN, STD = torch.full((3,), 0.5), torch.full((3,), 0.25)
 POLICY = policy_of(AugmentSettings(crop_scale=(0.2, 1.0), blur_p=0))
-SMALL = Training(blocks=1, channels=32, steps=400, batch=16, lr=3e-3)
-STRONG = Training(blocks=2, channels=16, steps=250, batch=32, lr=5e-3, loss="both", views=True)
+SMALL = Training(blocks=1, channels=16, steps=300, batch=16, lr=3e-3)
+STRONG = Training(blocks=1, channels=16, steps=250, batch=32, lr=5e-3, loss="both", views=True)
 
 
 class Silent(nn.Module):
