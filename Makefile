@@ -3,7 +3,6 @@ VENV := .venv
 SOURCE ?= cifar10
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
-WAITING := tests/network tests/flower/deployed
 
 .PHONY: demo test soak lint docs wheels bench bench-gpu proto clean
 .DEFAULT_GOAL := demo
@@ -11,9 +10,8 @@ WAITING := tests/network tests/flower/deployed
 demo: $(STAMP)  ## train 100 clients with two kinds of digits each, then print the result
 	$(BIN)/mocosfl train digits --out runs/demo --overwrite
 
-test: $(STAMP)  ## all tests: those that compute side by side, then those whose processes wait for each other
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile $(WAITING:%=--ignore=%)
-	$(BIN)/python -m pytest $(WAITING)
+test: $(STAMP)  ## all tests, side by side
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadgroup
 
 soak: $(STAMP)  ## the tests of the network at length: kills and resets again and again, 200,000 malformed messages
 	MOCOSFL_SOAK=1 $(BIN)/python -m pytest tests/network

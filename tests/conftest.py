@@ -13,7 +13,17 @@ import torch
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+TESTS = Path(__file__).resolve().parent
+SHARED = TESTS.parents[1] / "shared" / "data"
+WAITING = (TESTS / "network", TESTS / "flower/deployed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of one file run in one place; and so do all those whose processes wait for each other, so that they have
+    nothing worse beside them than tests that compute."""
+    for item in items:
+        waits = any(item.path.is_relative_to(folder) for folder in WAITING)
+        item.add_marker(pytest.mark.xdist_group("waiting" if waits else str(item.path)))
 
 
 @pytest.fixture(autouse=True, scope="session")
