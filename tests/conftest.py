@@ -19,8 +19,8 @@ WAITING = (TESTS / "network", TESTS / "flower/deployed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of one file run in one place; and so do all those whose processes wait for each other, so that they have
-    nothing worse beside them than tests that compute."""
+    """The tests of one file run in one place, and so do all those whose processes wait for each other: they never have
+    each other beside them, only tests that compute."""
     for item in items:
         waits = any(item.path.is_relative_to(folder) for folder in WAITING)
         item.add_marker(pytest.mark.xdist_group("waiting" if waits else str(item.path)))
