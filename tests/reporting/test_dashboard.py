@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -114,6 +115,32 @@ def test_nobody_who_looks_costs_nothing(copied: Callable[[str], Path], monkeypat
         monkeypatch.undo()
         with dashboard:
             pass
+
+
+def test_a_run_of_unknown_image_size_is_not_read_from_its_beginning_at_each_question(
+    copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a served run's images the server knows no size."""
+    made: list[Path] = []
+
+    class Counted(Reader):
+        def __post_init__(self) -> None:
+            made.append(self.path)
+            super().__post_init__()
+
+    monkeypatch.setattr(module, "Reader", Counted)
+    monkeypatch.setattr(module, "FRESH", 0.0)
+    dashboard = Dashboard("0", copied("run"), silent)
+    with dashboard:
+        dashboard._trainer = SimpleNamespace(cohort=SimpleNamespace(), step=5, steps=10)  # type: ignore[assignment]
+        assert [ask(dashboard)[0] for _ in range(3)] == [200] * 3
+        assert len(made) == 1
+        views = SimpleNamespace(images=torch.zeros(2, 1, 8, 8))
+        dashboard._trainer.cohort.views = views  # type: ignore[attr-defined]
+        assert ask(dashboard)[0] == 200
+        assert dashboard._reader is not None
+        assert dashboard._reader.size == 8
+        assert len(made) == 1
 
 
 def test_what_is_asked_for_again_is_only_sent_if_it_has_changed(

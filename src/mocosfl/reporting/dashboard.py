@@ -147,8 +147,10 @@ class Dashboard(Callback):
         trainer, observer = self._trainer, self._observer
         if trainer is None and observer is None:  # what is in the folder now may be of another run
             return Page(self.path.name, [self.path.name], ["being prepared"], [], [], self._live(), images=False)
-        if self._reader is None or (trainer is not None and self._reader.size is None):
-            self._reader = Reader(self.path, size=_size(trainer))
+        if self._reader is None:
+            self._reader = Reader(self.path)
+        if self._reader.size is None:  # of a served run it never becomes known
+            self._reader.size = _size(trainer)
         contents = self._reader.read()
         return page([Shown(names_of([self.path])[0], contents, self._examples)], self._live(), images=self.own)
 
