@@ -18,6 +18,7 @@ from mocosfl.cli import main
 from mocosfl.encoder import Encoder
 from mocosfl.errors import RunError, SettingError
 from mocosfl.exporting import to_onnx
+from mocosfl.exporting.card import model_card
 from mocosfl.exporting.export import export
 from mocosfl.run import Run
 from mocosfl_device.engine import built
@@ -95,6 +96,33 @@ def test_model_card_of_other_commands(finished: Finished) -> None:
     assert "None: there were no labelled images" in card.text
     assert "model-index" not in card.data.to_dict()
     assert "| source | the clients' own |" in card.text
+
+    run = finished(name="flower", **{"data.source": "digits"})
+    run.write_json("data.json", {"images": 500, "kind": "flower", "evaluate_on": "cifar10"})
+    export(run.path, formats=["huggingface"])
+    card = ModelCard.load(run.path / "export" / "README.md")
+    assert "The images stayed with the clients" in card.text
+    assert "connected by Flower" in card.text
+    assert "simulated" not in card.text
+    assert "| partition |" not in card.text
+    assert "datasets" not in card.data.to_dict()
+    assert card.data.to_dict()["model-index"][0]["results"][0]["dataset"]["type"] == "uoft-cs/cifar10"
+    assert "| source | the clients' own |" in card.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"sync.every": 1}, "averaged every step |"),
+        ({"sync.every": 1000}, "averaged every 1,000 steps |"),
+        ({"sync.every": 0}, "averaged at the end alone |"),
+        ({"sync.every": 0, "clients.pool": 5}, "averaged whenever others take their turn, and at the end |"),
+        ({"clients.frozen": True}, "frozen |"),
+    ],
+)
+def test_model_card_tells_how_halves_are_averaged(finished: Finished, settings: dict[str, object], words: str) -> None:
+    run = finished(**{"clients.number": 20, **settings})
+    assert f"| client halves | {words}" in model_card(run, mocosfl.load_encoder(run.path), None)
 
 
 class Hub:

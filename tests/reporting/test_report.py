@@ -10,7 +10,8 @@ import pytest
 from mocosfl.errors import RunError
 from mocosfl.footprint import traffic
 from mocosfl.footprint.plan import Plan
-from mocosfl.reporting.report import Metrics, Missing, Reader, running_total
+from mocosfl.reporting import report
+from mocosfl.reporting.report import Metrics, Missing, Reader, Series, running_total
 from mocosfl.run import Run
 
 
@@ -47,6 +48,32 @@ def test_a_run_that_has_just_begun_says_what_is_missing(finished: Path, tmp_path
     ):
         assert isinstance(getattr(found, name), Missing), name
         assert getattr(found, name).why, name
+
+
+def test_a_metric_has_one_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is made for a value alone: a long run has millions."""
+    made: list[Series] = []
+
+    class Counted(Series):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setattr(report, "Series", Counted)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {step}, "epoch": 1, "loss": 2, "rate": 3}}\n' for step in range(50)))
+    metrics = Metrics(path)
+    metrics.update()
+    assert len(metrics.series["loss"]) == 50
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("kind", ["serve", "flower"])
+def test_images_of_clients_elsewhere_stay_with_them(copied: Callable[[str], Path], kind: str) -> None:
+    folder = copied("served")
+    (folder / "data.json").write_text(json.dumps({"kind": kind, "images": 1294}))
+    (folder / "partition.npz").unlink()
+    assert "the clients' images stay with them" in Reader(folder).read().partition.why
 
 
 def test_no_run_is_an_error(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from mocosfl.errors import MocosflError
 from mocosfl.footprint import traffic
 from mocosfl.footprint.plan import Plan
 from mocosfl.footprint.traffic import Traffic
-from mocosfl.run import Run
+from mocosfl.run import ELSEWHERE, Run
 
 T = TypeVar("T")
 
@@ -121,7 +121,10 @@ class Metrics:
             return
         self.step, self.epoch, self.seconds = int(step), epoch, self.seconds if seconds is None else seconds
         for name, value in numbers.items():
-            self.series.setdefault(name, Series()).add(step, epoch, value)
+            series = self.series.get(name)
+            if series is None:  # setdefault would make one for every value
+                series = self.series[name] = Series()
+            series.add(step, epoch, value)
 
     def last(self, name: str) -> float | None:
         """The last value of a metric; None if it was never logged."""
@@ -314,7 +317,7 @@ def _participation(path: Path) -> NDArray[np.int64]:
 
 
 def _no_partition(command: str) -> str:
-    if command == "serve":
+    if command in ELSEWHERE:
         return "the clients' images stay with them; how many each holds is noted when the run ends"
     return EARLIER
 
