@@ -6,6 +6,7 @@ from typing import Any
 
 import huggingface_hub
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 import yaml
@@ -227,6 +228,10 @@ def test_the_command_writes_all_that_can_be_made(finished: Finished, capsys: pyt
     }
     assert "onnxruntime and PyTorch differ by at most" in said
     assert "left out, torchvision: a ResNet of torchvision or timm cannot be like this one: model.width=4" in said
+    assert json.loads((folder / "client.json").read_text())["license"] == "mit"
+    for name in ("encoder.onnx", "client.onnx"):
+        session = onnxruntime.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
+        assert session.get_modelmeta().custom_metadata_map == {"license": "mit"}
 
     assert main(["export", str(run.path)]) == 1
     assert "already holds an export; replace it with --overwrite" in capsys.readouterr().err
@@ -237,6 +242,7 @@ def test_the_command_writes_all_that_can_be_made(finished: Finished, capsys: pyt
 
     assert main(["export", str(run.path), "--overwrite", "--formats", "client"]) == 0
     assert {path.name for path in folder.iterdir()} == {"client.safetensors", "client.json"}
+    assert "license" not in json.loads((folder / "client.json").read_text())
     Run.create(run.path, run.config, overwrite=True)
     assert not folder.exists()
 
