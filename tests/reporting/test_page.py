@@ -190,6 +190,12 @@ def test_the_command_writes_one_file(
     assert main(["report", "one", "--out", "new/page.html", "--no-images"]) == 0
     assert (tmp_path / "new/page.html").exists()
     assert "report.html" in FILES  # so the run can be made anew
+    assert main(["report", "one", "--out", "new/page.html", "--no-images"]) == 0  # replaces its own
+    thesis = tmp_path / "thesis.html"
+    thesis.write_text("<!doctype html>my own")
+    assert main(["report", "one", "--out", "thesis.html"]) == 1
+    assert "thesis.html is already there and is no report of mocosfl" in capsys.readouterr().err
+    assert thesis.read_text() == "<!doctype html>my own"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from mocosfl.errors import RunError
 from mocosfl.footprint import traffic
 from mocosfl.footprint.plan import Plan
 from mocosfl.reporting import report
+from mocosfl.reporting.page import page
 from mocosfl.reporting.report import Metrics, Missing, Reader, Series, running_total
+from mocosfl.reporting.sections import Shown
 from mocosfl.run import Run
 
 
@@ -118,6 +120,7 @@ def test_what_is_left_of_the_time_is_told_too(copied: Callable[[str], Path]) -> 
     [
         ("result.json", b'{"knn": 9', "result"),
         ("result.json", b"[]", "result"),
+        ("result.json", b'{"knn": "high"}', "result"),
         ("evaluation.json", b"", "evaluation"),
         ("privacy.json", b"{}", "privacy"),
         ("partition.npz", b"PK", "partition"),
@@ -130,6 +133,30 @@ def test_damaged_files_are_named(copied: Callable[[str], Path], name: str, conte
     found = getattr(Reader(folder).read(), attribute)
     assert isinstance(found, Missing)
     assert name in found.why
+
+
+def test_figures_that_are_null_are_left_out(copied: Callable[[str], Path]) -> None:
+    folder = copied("null")
+    (folder / "result.json").write_text('{"knn": null, "linear_probe": 80, "training_seconds": null, "steps": 32}')
+    found = Reader(folder).read()
+    assert isinstance(found.evaluation, Missing)
+    text = page([Shown("null", found, Missing("not asked for"))]).state()["parts"]
+    assert "no labelled training and test images" in text["evaluation"]
+    (folder / "evaluation.json").write_text('{"knn": 70, "linear_probe": null, "test_images": null}')
+    found = Reader(folder).read()
+    assert "70.00 %" in page([Shown("null", found, Missing("not asked for"))]).state()["parts"]["evaluation"]
+
+
+def test_a_file_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
+    """Also by a longer one, as when a run is made anew in the same folder."""
+    path, other = tmp_path / "metrics.jsonl", tmp_path / "other.jsonl"
+    path.write_text('{"step": 1, "epoch": 1, "loss": 1}\n')
+    metrics = Metrics(path)
+    metrics.update()
+    other.write_text('{"step": 1, "epoch": 1, "loss": 11.0}\n{"step": 2, "epoch": 2, "loss": 12.0}\n')
+    other.replace(path)
+    metrics.update()
+    assert metrics.series["loss"].values.tolist() == [11, 12]
 
 
 def test_arrays_of_other_shapes_are_refused(copied: Callable[[str], Path]) -> None:

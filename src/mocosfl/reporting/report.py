@@ -6,9 +6,9 @@ version.
 
 from __future__ import annotations
 
-import io
 import json
 import math
+import os
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -89,9 +89,10 @@ class Metrics:
         self.series: dict[str, Series] = {}
         self.step, self.epoch, self.seconds = 0, 0.0, 0.0
         self._read = 0  # bytes
+        self._file: int | None = None  # which it is: a run that is resumed or made anew has another one
 
     def update(self) -> None:
-        """Read the lines that are new; all of them, if the file has become shorter.
+        """Read the lines that are new; all of them, if the file has become shorter or is another one.
 
         Raises:
             OSError: the file is there and cannot be read.
@@ -99,8 +100,10 @@ class Metrics:
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
-            if file.seek(0, io.SEEK_END) < self._read:
+            found = os.fstat(file.fileno())
+            if found.st_size < self._read or found.st_ino != self._file:
                 self._begin()
+                self._file = found.st_ino
             file.seek(self._read)
             for line in file:
                 if not line.endswith(b"\n"):
@@ -223,8 +226,8 @@ class Reader:
         facts = self._file("data.json", _json, "")
         facts = {} if isinstance(facts, Missing) else facts
         command = facts.get("kind", "train")
-        result = self._file("result.json", _json, UNFINISHED)
-        evaluation = self._file("evaluation.json", _json, "")
+        result = self._file("result.json", _figures, UNFINISHED)
+        evaluation = self._file("evaluation.json", _figures, "")
         if isinstance(evaluation, Missing) and not evaluation.why:
             evaluation = result
         if not isinstance(evaluation, Missing) and "knn" not in evaluation:
@@ -287,6 +290,22 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"expected figures by name, found {type(values).__name__}")
     return values
+
+
+FIGURES = (
+    *("knn_untrained", "knn", "linear_probe", "linear_probe_train", "test_images", "bank_images"),
+    *("steps", "training_seconds", "evaluation_seconds"),
+)
+"""Of result.json and evaluation.json, what is shown as a number."""
+
+
+def _figures(path: Path) -> dict[str, Any]:
+    """Without those that are null."""
+    found = {name: value for name, value in _json(path).items() if value is not None}
+    for name in FIGURES:
+        if not isinstance(found.get(name, 0), int | float):
+            raise ValueError(f"{name}: expected a number, found {found[name]!r}")
+    return found
 
 
 def _audit(path: Path) -> dict[str, Any]:
