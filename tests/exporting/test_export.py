@@ -6,7 +6,6 @@ from typing import Any
 
 import huggingface_hub
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 import yaml
@@ -229,6 +228,8 @@ def test_the_command_writes_all_that_can_be_made(finished: Finished, capsys: pyt
     assert "onnxruntime and PyTorch differ by at most" in said
     assert "left out, torchvision: a ResNet of torchvision or timm cannot be like this one: model.width=4" in said
     assert json.loads((folder / "client.json").read_text())["license"] == "mit"
+    import onnxruntime
+
     for name in ("encoder.onnx", "client.onnx"):
         session = onnxruntime.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
         assert session.get_modelmeta().custom_metadata_map == {"license": "mit"}

@@ -73,6 +73,7 @@ class Asking(Callback):
 
 def test_a_run_under_way_is_shown_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FRESH", 0.0)
+    monkeypatch.setattr("mocosfl.reporting.examples.IMAGES", 50)
     said: list[str] = []
     with Dashboard("0", tmp_path / "run", said.append) as dashboard:
         assert said == [f"dashboard: {dashboard.url}"]
@@ -268,6 +269,7 @@ def test_the_page_is_put_together_once_for_all_who_ask(
 
     monkeypatch.setattr(module, "html", counted)
     monkeypatch.setattr(module, "FRESH", 1e9)
+    monkeypatch.setattr(module, "PATIENCE", 0.0)
     with Dashboard("0", copied("run"), silent) as dashboard:
         pages = {ask(dashboard, "/")[1] for _ in range(3)}
         assert len(pages) == len(made) == 1

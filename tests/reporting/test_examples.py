@@ -52,7 +52,8 @@ def test_neighbours_are_the_nearest_others(finished: Path, monkeypatch: pytest.M
     assert (again.queries == found.queries).all()
 
 
-def test_images_are_those_of_the_test_split(finished: Path) -> None:
+def test_images_are_those_of_the_test_split(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "IMAGES", 100)
     federation = federate(Run.open(finished).config, silent)
     found = examples(finished, CPU, silent)
     train = federation.splits.train
