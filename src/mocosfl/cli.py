@@ -316,7 +316,8 @@ def _report(args: Sequence[str]) -> int:
     out = given.out or (given.runs[0] if len(given.runs) == 1 else Path()) / "report.html"
     if out.is_dir():
         raise SettingError(f"out={out}: that is a folder; name a file, such as {out / 'report.html'}")
-    check_replaceable(out)
+    if out != given.runs[0] / "report.html":  # that one is the run's own, whatever version wrote it
+        check_replaceable(out)
     device = choose_device(given.device)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     contents = [Reader(path).read() for path in given.runs]

@@ -174,6 +174,7 @@ def test_the_command_writes_one_file(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mocosfl.reporting.examples.IMAGES", 50)
     copied("one"), copied("two")
+    (tmp_path / "one/report.html").write_text("<!doctype html>of an earlier version")
     assert main(["report", "one"]) == 0
     assert "report: one/report.html" in capsys.readouterr().out
     assert (tmp_path / "one/report.html").read_text().startswith("<!doctype html>")
