@@ -69,7 +69,7 @@ def test_a_folder_of_images(tmp_path: Path, pictures: Path, monkeypatch: pytest.
         of_split = [row["features"] for row in rows if row["split"] == split]
         np.testing.assert_allclose(of_split, encoder(images).detach().numpy(), atol=1e-6)
     metadata = {key.decode(): value.decode() for key, value in file.schema_arrow.metadata.items()}
-    assert metadata["mocosfl.run"] == str(run.path)
+    assert metadata["mocosfl.run"] == "run"  # and no path of this machine
     assert json.loads(metadata["mocosfl.model"])["backbone"] == "resnet18"
     assert metadata["mocosfl.images"] == "3x16x16"
     assert metadata["mocosfl.features"] == str(encoder.features)
@@ -112,6 +112,12 @@ def test_damaged_images(tmp_path: Path, pictures: Path) -> None:
     for name, row in kept.items():
         np.testing.assert_allclose(row["features"], before[name]["features"], atol=1e-6)
         assert (row["split"], row["label"]) == (before[name]["split"], before[name]["label"])
+    for path in pictures.rglob("*.png"):
+        path.write_bytes(b"no image")
+    none = tmp_path / "none.parquet"
+    with pytest.raises(DataError, match=f"--data {pictures}: none of its 9 images can be decoded"):
+        embed(run.path, str(pictures), none, skip_corrupt=True)
+    assert not none.exists()
 
 
 def test_unlabelled_images_and_numbers_as_labels(tmp_path: Path, pictures: Path) -> None:

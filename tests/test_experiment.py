@@ -148,6 +148,8 @@ def test_the_run_folder(tmp_path: Path) -> None:
     spent = {phase: sum(line.get(f"seconds/{phase}", 0) for line in times) for phase in phases}
     assert all(spent.values())
     assert sum(spent.values()) < times[-1]["seconds"]
+    last = max(place for place, line in enumerate(times) if "knn_held_out" in line)
+    assert any("seconds/evaluate" in line for line in times[last + 1 :])  # of the last one, too
     held = np.load(tmp_path / "run/partition.npz")
     assert held["counts"].shape == (20, 10)
     assert held["counts"].sum() == held["images"].sum() == 1294

@@ -77,7 +77,11 @@ class MetricsLog(Callback):
         return elapsed
 
     def after_training(self, trainer: Trainer) -> None:
-        """Close the log."""
+        """Write what the last evaluation took, which came after the last line; close the log."""
+        if trainer.step == trainer.steps:  # not where a run was stopped: it goes on from there
+            spent = {f"seconds/{phase}": value for phase, value in trainer.stopwatch.read().items()}
+            if spent:
+                self.write(trainer, spent)
         self.writer.close()
 
     def state_dict(self) -> dict[str, Any]:

@@ -129,7 +129,7 @@ class ReportArguments:
     out: Path | None = None
     """The page. Unset: report.html in the run folder, or here for several runs."""
     images: bool = True
-    """Put pictures into the page. Off: none, for pages that go to others."""
+    """Put pictures into the page. Off: none, for pages that go to others; settings stay, with the paths in them."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto."""
 
@@ -308,7 +308,7 @@ def _report(args: Sequence[str]) -> int:
         return 2
     from mocosfl.experiment import choose_device
     from mocosfl.reporting.examples import examples
-    from mocosfl.reporting.page import names_of, page, write
+    from mocosfl.reporting.page import check_replaceable, names_of, page, write
     from mocosfl.reporting.report import Reader
     from mocosfl.reporting.sections import Shown
 
@@ -316,6 +316,8 @@ def _report(args: Sequence[str]) -> int:
     out = given.out or (given.runs[0] if len(given.runs) == 1 else Path()) / "report.html"
     if out.is_dir():
         raise SettingError(f"out={out}: that is a folder; name a file, such as {out / 'report.html'}")
+    if out != given.runs[0] / "report.html":  # that one is the run's own, whatever version wrote it
+        check_replaceable(out)
     device = choose_device(given.device)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     contents = [Reader(path).read() for path in given.runs]

@@ -74,7 +74,7 @@ def embed(
 
     Raises:
         RunError: there is no trained encoder, or the file is there or cannot be written.
-        DataError, SettingError: the images cannot be used.
+        DataError, SettingError: the images cannot be used, or none of them can be decoded.
     """
     console, out = console or Console(quiet=True), Path(out)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
@@ -98,7 +98,7 @@ def embed(
         total = sum(split.count for split in splits.values())
         if not total:
             raise DataError(f"data.source={data}: there are no images")
-        schema = _schema(splits, str(run), encoder)
+        schema = _schema(splits, Path(run).resolve().name, encoder)
         line = _Line(console, total)
         tables = _tables(splits, schema, encoder, settings, notes, line)
         try:
@@ -199,6 +199,8 @@ def _tables(
                 yield _table(schema, columns, features)
         if features:
             yield _table(schema, columns, features)
+    if not line.done:
+        raise DataError(f"data.source={settings.source}: none of its {line.total:,} images can be decoded")
 
 
 def _below(root: Path, place: str) -> str:

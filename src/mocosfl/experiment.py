@@ -481,7 +481,7 @@ def evaluate(path: str | Path, console: Console | None = None, device: str = "au
     chosen = choose_device(device)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     data = run.config.data
-    if run.command in ("serve", "flower"):  # the clients' images are not here; those of the server may be
+    if run.clients_elsewhere:  # the clients' images are not here; those of the server may be
         own = (run.data_facts() or {}).get("evaluate_on")
         if own is None:
             raise RunError(f"{path} was served without evaluate_on: there are no images here to evaluate on")

@@ -71,6 +71,9 @@ FILES = (
 )
 """What a run writes."""
 
+ELSEWHERE = ("serve", "flower")
+"""Commands whose clients, and their images, are not in the run's own process."""
+
 RESUMABLE = (
     "train.device",
     "train.compile",
@@ -241,9 +244,21 @@ class Run:
         self.write(name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """Read a JSON file of the run; None if it is not there."""
+        """Read a JSON file of the run; None if it is not there.
+
+        Raises:
+            RunError: it is damaged.
+        """
         path = self.path / name
-        return json.loads(path.read_text()) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunError(f"{path} cannot be read: {error}") from error
+        if not isinstance(values, dict):
+            raise RunError(f"{path} cannot be read: expected values by name, found {type(values).__name__}")
+        return values
 
     def data_facts(self) -> dict[str, Any] | None:
         """What ``check_data`` noted; None before."""
@@ -253,6 +268,11 @@ class Run:
     def command(self) -> str:
         """The command that makes and resumes this run: train, pretrain, serve, or flower for `flwr run`."""
         return (self.data_facts() or {}).get("kind", "train")
+
+    @property
+    def clients_elsewhere(self) -> bool:
+        """Whether clients were connected, with images of their own, rather than simulated."""
+        return self.command in ELSEWHERE
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl, in a single write."""

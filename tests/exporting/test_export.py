@@ -18,6 +18,7 @@ from mocosfl.cli import main
 from mocosfl.encoder import Encoder
 from mocosfl.errors import RunError, SettingError
 from mocosfl.exporting import to_onnx
+from mocosfl.exporting.card import model_card
 from mocosfl.exporting.export import export
 from mocosfl.run import Run
 from mocosfl_device.engine import built
@@ -95,6 +96,33 @@ def test_model_card_of_other_commands(finished: Finished) -> None:
     assert "None: there were no labelled images" in card.text
     assert "model-index" not in card.data.to_dict()
     assert "| source | the clients' own |" in card.text
+
+    run = finished(name="flower", **{"data.source": "digits"})
+    run.write_json("data.json", {"images": 500, "kind": "flower", "evaluate_on": "cifar10"})
+    export(run.path, formats=["huggingface"])
+    card = ModelCard.load(run.path / "export" / "README.md")
+    assert "The images stayed with the clients" in card.text
+    assert "connected by Flower" in card.text
+    assert "simulated" not in card.text
+    assert "| partition |" not in card.text
+    assert "datasets" not in card.data.to_dict()
+    assert card.data.to_dict()["model-index"][0]["results"][0]["dataset"]["type"] == "uoft-cs/cifar10"
+    assert "| source | the clients' own |" in card.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"sync.every": 1}, "averaged every step |"),
+        ({"sync.every": 1000}, "averaged every 1,000 steps |"),
+        ({"sync.every": 0}, "averaged at the end alone |"),
+        ({"sync.every": 0, "clients.pool": 5}, "averaged whenever others take their turn, and at the end |"),
+        ({"clients.frozen": True}, "frozen |"),
+    ],
+)
+def test_model_card_tells_how_halves_are_averaged(finished: Finished, settings: dict[str, object], words: str) -> None:
+    run = finished(**{"clients.number": 20, **settings})
+    assert f"| client halves | {words}" in model_card(run, mocosfl.load_encoder(run.path), None)
 
 
 class Hub:
@@ -199,6 +227,12 @@ def test_the_command_writes_all_that_can_be_made(finished: Finished, capsys: pyt
     }
     assert "onnxruntime and PyTorch differ by at most" in said
     assert "left out, torchvision: a ResNet of torchvision or timm cannot be like this one: model.width=4" in said
+    assert json.loads((folder / "client.json").read_text())["license"] == "mit"
+    import onnxruntime
+
+    for name in ("encoder.onnx", "client.onnx"):
+        session = onnxruntime.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
+        assert session.get_modelmeta().custom_metadata_map == {"license": "mit"}
 
     assert main(["export", str(run.path)]) == 1
     assert "already holds an export; replace it with --overwrite" in capsys.readouterr().err
@@ -209,6 +243,7 @@ def test_the_command_writes_all_that_can_be_made(finished: Finished, capsys: pyt
 
     assert main(["export", str(run.path), "--overwrite", "--formats", "client"]) == 0
     assert {path.name for path in folder.iterdir()} == {"client.safetensors", "client.json"}
+    assert "license" not in json.loads((folder / "client.json").read_text())
     Run.create(run.path, run.config, overwrite=True)
     assert not folder.exists()
 

@@ -11,6 +11,7 @@ import torch
 
 import mocosfl
 from mocosfl.data.federation import federate
+from mocosfl.reporting.examples import Examples, examples
 from mocosfl.reporting.privacy import draw_reconstructions
 from mocosfl.run import Run
 
@@ -76,6 +77,14 @@ def attacked(folder: Path) -> None:
     Run.open(folder).write_json("privacy.json", report)
     images = torch.rand(3, 1, 8, 8)
     draw_reconstructions(images, dict.fromkeys(report["attacks"], images), report, folder / "reconstructions.png")
+
+
+@pytest.fixture(scope="session")
+def seen(finished: Path) -> Examples:
+    """All its test images, through its encoder."""
+    found = examples(finished, torch.device("cpu"), lambda text: None)
+    assert isinstance(found, Examples)
+    return found
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from mocosfl.reporting.examples import examples
+from mocosfl.reporting.dashboard import Dashboard
+from mocosfl.reporting.examples import Examples
 from mocosfl.reporting.page import page, write
 from mocosfl.reporting.report import Reader
 from mocosfl.reporting.sections import Shown
@@ -56,10 +56,9 @@ def until(found: Any, expression: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def written(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def written(finished: Path, seen: Examples, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The address of the page of a finished run."""
     path = tmp_path_factory.mktemp("page") / "report.html"
-    seen = examples(finished, torch.device("cpu"), lambda text: None)
     write(page([Shown("mine", Reader(finished).read(), seen)]), path)
     return path.as_uri()
 
@@ -119,14 +118,15 @@ def test_a_point_of_the_map_shows_its_image(browser: Any, written: str) -> None:
         assert "data:image/jpeg" in found.evaluate("document.getElementById('preview').style.backgroundImage")
 
 
-def test_names_that_are_html_do_nothing(browser: Any, copied: Callable[[str], Path], tmp_path: Path) -> None:
+def test_names_that_are_html_do_nothing(
+    browser: Any, copied: Callable[[str], Path], seen: Examples, tmp_path: Path
+) -> None:
     evil = "<img src=x onerror='window.hacked=1'><script>window.hacked=1</script>"
     folder = copied("hostile")
     counts = np.ones((20, 2), int)
     link = "<a href='https://example.org'>x</a>"
     np.savez(folder / "partition.npz", images=counts.sum(1), counts=counts, classes=np.array([evil, link]))
-    seen = examples(folder, torch.device("cpu"), lambda text: None)
-    seen = type(seen)(**(vars(seen) | {"classes": (evil, link, *seen.classes[2:])}))
+    seen = Examples(**(vars(seen) | {"classes": (evil, link, *seen.classes[2:])}))
     path = tmp_path / "hostile.html"
     write(page([Shown(evil, Reader(folder).read(), seen), Shown(link, Reader(folder).read(), seen)]), path)
     with opened(browser, path.as_uri()) as found:
@@ -173,21 +173,11 @@ def test_the_curve_of_a_real_run_grows(browser: Any, tmp_path: Path) -> None:
 
 
 def test_a_server_that_is_gone_is_noticed(browser: Any, tmp_path: Path) -> None:
-    script = (
-        "import sys, time; from mocosfl.reporting.dashboard import Dashboard\n"
-        "with Dashboard('0', 'run', lambda text: print(text, flush=True)): time.sleep(600)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    try:
-        address = process.stdout.readline().removeprefix("dashboard: ").strip()
-        own = browser.new_context()
-        found = own.new_page()
-        found.goto(address)
+    own = browser.new_context()
+    found = own.new_page()
+    with Dashboard("0", tmp_path / "run", lambda text: None) as dashboard:
+        found.goto(dashboard.url)
         assert "preparing" in found.inner_text("header")
-        process.kill()
-        until(found, "!document.getElementById('signal').hidden")
-        assert "No answer since" in found.inner_text("#signal")
-        own.close()
-    finally:
-        process.kill()
-        process.communicate()
+    until(found, "!document.getElementById('signal').hidden")
+    assert "No answer since" in found.inner_text("#signal")
+    own.close()

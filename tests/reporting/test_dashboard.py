@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,7 +20,8 @@ from mocosfl.cli import main
 from mocosfl.errors import RunError, SettingError
 from mocosfl.reporting import dashboard as module
 from mocosfl.reporting.dashboard import Dashboard
-from mocosfl.reporting.report import Reader
+from mocosfl.reporting.page import html
+from mocosfl.reporting.report import Missing, Reader
 from mocosfl.trainer import Callback, Trainer
 
 CONFIG = mocosfl.recipe("digits").updated(
@@ -71,6 +73,7 @@ class Asking(Callback):
 
 def test_a_run_under_way_is_shown_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FRESH", 0.0)
+    monkeypatch.setattr("mocosfl.reporting.examples.IMAGES", 50)
     said: list[str] = []
     with Dashboard("0", tmp_path / "run", said.append) as dashboard:
         assert said == [f"dashboard: {dashboard.url}"]
@@ -114,6 +117,32 @@ def test_nobody_who_looks_costs_nothing(copied: Callable[[str], Path], monkeypat
         monkeypatch.undo()
         with dashboard:
             pass
+
+
+def test_a_run_of_unknown_image_size_is_not_read_from_its_beginning_at_each_question(
+    copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a served run's images the server knows no size."""
+    made: list[Path] = []
+
+    class Counted(Reader):
+        def __post_init__(self) -> None:
+            made.append(self.path)
+            super().__post_init__()
+
+    monkeypatch.setattr(module, "Reader", Counted)
+    monkeypatch.setattr(module, "FRESH", 0.0)
+    dashboard = Dashboard("0", copied("run"), silent)
+    with dashboard:
+        dashboard._trainer = SimpleNamespace(cohort=SimpleNamespace(), step=5, steps=10)  # type: ignore[assignment]
+        assert [ask(dashboard)[0] for _ in range(3)] == [200] * 3
+        assert len(made) == 1
+        views = SimpleNamespace(images=torch.zeros(2, 1, 8, 8))
+        dashboard._trainer.cohort.views = views  # type: ignore[attr-defined]
+        assert ask(dashboard)[0] == 200
+        assert dashboard._reader is not None
+        assert dashboard._reader.size == 8
+        assert len(made) == 1
 
 
 def test_what_is_asked_for_again_is_only_sent_if_it_has_changed(
@@ -203,14 +232,89 @@ def test_addresses_that_are_none(listen: str, tmp_path: Path) -> None:
         Dashboard(listen, tmp_path, silent)
 
 
-def test_who_can_reach_it_is_told_and_others_see_no_pictures(copied: Callable[[str], Path]) -> None:
+def test_who_can_reach_it_is_told_and_others_see_no_pictures(
+    copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
     with Dashboard("0.0.0.0:0", copied("run"), said.append) as dashboard:
         assert "others can reach it, and need no password" in said[0]
         assert not dashboard.page().images
         url = urlsplit(dashboard.url)
         assert url.hostname == "0.0.0.0"
-        assert ask(dashboard, "/", Host="my-machine.example")[0] == 200
+        for host in ("192.168.1.7:80", "[fe80::1]:80", "0.0.0.0", "localhost:80"):
+            assert ask(dashboard, "/", Host=host)[0] == 200
+        for host in ("evil.example", "192.168.1.7.evil.example", ""):
+            assert ask(dashboard, "/", Host=host)[0] == 403
+        assert "ask for it by this machine's IP address" in ask(dashboard, Host="evil.example")[1]
+        dashboard._host = "My-Machine.example"
+        assert ask(dashboard, "/", Host="my-machine.example:80")[0] == 200
+        monkeypatch.setattr(module, "examples", lambda *args: pytest.fail("pictures for others"))
+        monkeypatch.setattr(module, "PATIENCE", 0.0)
+        dashboard._observer = SimpleNamespace(clients=list, figures=lambda: dict.fromkeys(module.COUNTERS, 0))
+        dashboard.finish()
+        state = ask(dashboard)[1]
+        assert (
+            f"pictures are shown to this machine alone; mocosfl report {dashboard.path} draws" in state["parts"]["map"]
+        )
+
+
+def test_the_page_is_put_together_once_for_all_who_ask(
+    copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def counted(*args: Any) -> str:
+        made.append("page")
+        return html(*args)
+
+    monkeypatch.setattr(module, "html", counted)
+    monkeypatch.setattr(module, "FRESH", 1e9)
+    monkeypatch.setattr(module, "PATIENCE", 0.0)
+    with Dashboard("0", copied("run"), silent) as dashboard:
+        pages = {ask(dashboard, "/")[1] for _ in range(3)}
+        assert len(pages) == len(made) == 1
+        dashboard._end("over")  # the next one is another
+        assert ask(dashboard, "/")[1] not in pages
+        assert len(made) == 2
+
+
+def test_too_many_who_ask_at_once_are_turned_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "REQUESTS", 2)
+    with Dashboard("0", tmp_path / "run", silent) as dashboard:
+        url = urlsplit(dashboard.url)
+        held = [socket.create_connection((url.hostname, url.port)) for _ in range(2)]
+        assert ask(dashboard)[0] == 503
+        for connection in held:
+            connection.close()
+        deadline = time.monotonic() + 60
+        while ask(dashboard)[0] != 200:
+            assert time.monotonic() < deadline
+
+
+def test_other_pages_that_make_a_browser_ask_are_nobody_who_looks(tmp_path: Path) -> None:
+    with Dashboard("0", tmp_path / "run", silent) as dashboard:
+        dashboard._ended = True
+        for site in ("cross-site", "same-site"):
+            ask(dashboard, **{"Sec-Fetch-Site": site})
+        assert not dashboard._watched
+        assert not dashboard._told_all.is_set()
+        ask(dashboard, **{"Sec-Fetch-Site": "same-origin"})
+        assert dashboard._watched
+        assert dashboard._told_all.wait(60)
+
+
+def test_examples_that_fail_do_not_make_the_run_fail(
+    copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(module, "examples", fail)
+    monkeypatch.setattr(module, "PATIENCE", 0.0)
+    with Dashboard("0", copied("run"), silent) as dashboard:
+        ask(dashboard)
+        dashboard.finish()
+        assert dashboard._examples == Missing("examples could not be drawn (ZeroDivisionError: a bug)")
 
 
 def test_one_process_of_several_shows_the_run(

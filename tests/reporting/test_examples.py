@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import mocosfl
 from mocosfl.data.federation import federate
 from mocosfl.privacy.mixture import fingerprints
 from mocosfl.reporting import examples as module
 from mocosfl.reporting.examples import NEIGHBOURS, QUERIES, examples, placed
-from mocosfl.reporting.report import Missing
+from mocosfl.reporting.page import page
+from mocosfl.reporting.report import Missing, Reader
+from mocosfl.reporting.sections import Shown
 from mocosfl.run import Run
 
 CPU = torch.device("cpu")
@@ -49,7 +52,8 @@ def test_neighbours_are_the_nearest_others(finished: Path, monkeypatch: pytest.M
     assert (again.queries == found.queries).all()
 
 
-def test_images_are_those_of_the_test_split(finished: Path) -> None:
+def test_images_are_those_of_the_test_split(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "IMAGES", 100)
     federation = federate(Run.open(finished).config, silent)
     found = examples(finished, CPU, silent)
     train = federation.splits.train
@@ -93,11 +97,15 @@ def test_what_is_no_longer_there_is_named(
     assert why in found.why
 
 
+@pytest.mark.parametrize("kind", ["serve", "flower"])
 @pytest.mark.parametrize(("own", "what"), [(None, "served without evaluate_on"), ("digits", None)])
-def test_a_served_run_shows_images_of_the_server(copied: Callable[[str], Path], own: str | None, what: str) -> None:
+def test_a_served_run_shows_images_of_the_server(
+    copied: Callable[[str], Path], own: str | None, what: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "IMAGES", 20)
     folder = copied("served")
     facts = json.loads((folder / "data.json").read_text())
-    (folder / "data.json").write_text(json.dumps(facts | {"kind": "serve", "evaluate_on": own}))
+    (folder / "data.json").write_text(json.dumps(facts | {"kind": kind, "evaluate_on": own}))
     reset(folder, {"data.source": "clients-have-them"})
     found = examples(folder, CPU, silent)
     assert found.what == "test images" if what is None else what in found.why
@@ -114,3 +122,27 @@ def test_the_map_keeps_neighbours_together() -> None:
     assert (labels[distances.argmin(axis=1)] == labels).mean() > 0.95
     assert (placed(features) == places).all()
     assert np.isfinite(placed(features[:10])).all()
+
+
+def test_a_damaged_file_of_the_run_is_named(copied: Callable[[str], Path]) -> None:
+    folder = copied("damaged")
+    for text in ('{"kind": "tr', "[]"):
+        (folder / "data.json").write_text(text)
+        assert f"{folder}/data.json cannot be read" in examples(folder, CPU, silent).why
+
+
+def test_a_dead_encoder_has_no_map(copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """t-SNE would end the process by a segmentation fault."""
+    monkeypatch.setattr(module, "IMAGES", 20)
+    folder = copied("dead")
+    weights = load_file(folder / "encoder.safetensors")
+    dead = {name: tensor * (not name.startswith("server.")) for name, tensor in weights.items()}
+    save_file(dead, folder / "encoder.safetensors")
+    found = examples(folder, CPU, silent)
+    assert found.places.why == "all images have the same features"
+    section = page([Shown("dead", Reader(folder).read(), found)]).state()["parts"]["map"]
+    assert "Nothing to show: all images have the same features." in section
+    features = np.full((20, 8), 8**-0.5, np.float32)
+    assert "the same features" in placed(np.nextafter(features, features * (np.arange(20) % 2)[:, None])).why
+    features[3, 3] = np.nan
+    assert placed(features).why == "some features are not finite"

@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import plotly.graph_objects as go
 import pytest
-import torch
 from plotly.offline import get_plotlyjs
 
 from mocosfl.cli import main
 from mocosfl.errors import SettingError
 from mocosfl.reporting import page as module
-from mocosfl.reporting.examples import Examples, examples
+from mocosfl.reporting.examples import Examples
 from mocosfl.reporting.page import RUNS, html, names_of, page
 from mocosfl.reporting.report import Missing, Reader
 from mocosfl.reporting.sections import Live, Shown
@@ -25,11 +24,6 @@ SECTIONS = (
     *("settings", "curves", "partition", "participation", "traffic", "time", "evaluation"),
     *("neighbours", "map", "privacy"),
 )
-
-
-@pytest.fixture(scope="module")
-def seen(finished: Path) -> Examples:
-    return examples(finished, torch.device("cpu"), lambda text: None)
 
 
 def shown(folder: Path, found: Examples | Missing | None = None) -> Shown:
@@ -142,8 +136,8 @@ def test_pictures_are_left_out_where_they_are_not_wanted(finished: Path, seen: E
 
 def test_a_long_run_makes_no_large_page(copied: Callable[[str], Path]) -> None:
     folder = copied("long")
-    values = np.random.default_rng(0).normal(size=200_000)
-    values[123_456], values[77_777] = 50, -50
+    values = np.random.default_rng(0).normal(size=50_000)
+    values[23_456], values[7_777] = 50, -50
     with (folder / "metrics.jsonl").open("w") as file:
         for step, value in enumerate(values.tolist(), start=1):
             file.write(f'{{"step": {step}, "epoch": {step / 100}, "seconds": {step / 10}, "loss": {value}}}\n')
@@ -180,6 +174,7 @@ def test_the_command_writes_one_file(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mocosfl.reporting.examples.IMAGES", 50)
     copied("one"), copied("two")
+    (tmp_path / "one/report.html").write_text("<!doctype html>of an earlier version")
     assert main(["report", "one"]) == 0
     assert "report: one/report.html" in capsys.readouterr().out
     assert (tmp_path / "one/report.html").read_text().startswith("<!doctype html>")
@@ -190,6 +185,12 @@ def test_the_command_writes_one_file(
     assert main(["report", "one", "--out", "new/page.html", "--no-images"]) == 0
     assert (tmp_path / "new/page.html").exists()
     assert "report.html" in FILES  # so the run can be made anew
+    assert main(["report", "one", "--out", "new/page.html", "--no-images"]) == 0  # replaces its own
+    thesis = tmp_path / "thesis.html"
+    thesis.write_text("<!doctype html>my own")
+    assert main(["report", "one", "--out", "thesis.html"]) == 1
+    assert "thesis.html is already there and is no report of mocosfl" in capsys.readouterr().err
+    assert thesis.read_text() == "<!doctype html>my own"
 
 
 @pytest.mark.parametrize(

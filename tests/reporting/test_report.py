@@ -10,7 +10,10 @@ import pytest
 from mocosfl.errors import RunError
 from mocosfl.footprint import traffic
 from mocosfl.footprint.plan import Plan
-from mocosfl.reporting.report import Metrics, Missing, Reader, running_total
+from mocosfl.reporting import report
+from mocosfl.reporting.page import page
+from mocosfl.reporting.report import Metrics, Missing, Reader, Series, running_total
+from mocosfl.reporting.sections import Shown
 from mocosfl.run import Run
 
 
@@ -47,6 +50,32 @@ def test_a_run_that_has_just_begun_says_what_is_missing(finished: Path, tmp_path
     ):
         assert isinstance(getattr(found, name), Missing), name
         assert getattr(found, name).why, name
+
+
+def test_a_metric_has_one_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is made for a value alone: a long run has millions."""
+    made: list[Series] = []
+
+    class Counted(Series):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setattr(report, "Series", Counted)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {step}, "epoch": 1, "loss": 2, "rate": 3}}\n' for step in range(50)))
+    metrics = Metrics(path)
+    metrics.update()
+    assert len(metrics.series["loss"]) == 50
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("kind", ["serve", "flower"])
+def test_images_of_clients_elsewhere_stay_with_them(copied: Callable[[str], Path], kind: str) -> None:
+    folder = copied("served")
+    (folder / "data.json").write_text(json.dumps({"kind": kind, "images": 1294}))
+    (folder / "partition.npz").unlink()
+    assert "the clients' images stay with them" in Reader(folder).read().partition.why
 
 
 def test_no_run_is_an_error(tmp_path: Path) -> None:
@@ -91,6 +120,7 @@ def test_what_is_left_of_the_time_is_told_too(copied: Callable[[str], Path]) -> 
     [
         ("result.json", b'{"knn": 9', "result"),
         ("result.json", b"[]", "result"),
+        ("result.json", b'{"knn": "high"}', "result"),
         ("evaluation.json", b"", "evaluation"),
         ("privacy.json", b"{}", "privacy"),
         ("partition.npz", b"PK", "partition"),
@@ -103,6 +133,30 @@ def test_damaged_files_are_named(copied: Callable[[str], Path], name: str, conte
     found = getattr(Reader(folder).read(), attribute)
     assert isinstance(found, Missing)
     assert name in found.why
+
+
+def test_figures_that_are_null_are_left_out(copied: Callable[[str], Path]) -> None:
+    folder = copied("null")
+    (folder / "result.json").write_text('{"knn": null, "linear_probe": 80, "training_seconds": null, "steps": 32}')
+    found = Reader(folder).read()
+    assert isinstance(found.evaluation, Missing)
+    text = page([Shown("null", found, Missing("not asked for"))]).state()["parts"]
+    assert "no labelled training and test images" in text["evaluation"]
+    (folder / "evaluation.json").write_text('{"knn": 70, "linear_probe": null, "test_images": null}')
+    found = Reader(folder).read()
+    assert "70.00 %" in page([Shown("null", found, Missing("not asked for"))]).state()["parts"]["evaluation"]
+
+
+def test_a_file_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
+    """Also by a longer one, as when a run is made anew in the same folder."""
+    path, other = tmp_path / "metrics.jsonl", tmp_path / "other.jsonl"
+    path.write_text('{"step": 1, "epoch": 1, "loss": 1}\n')
+    metrics = Metrics(path)
+    metrics.update()
+    other.write_text('{"step": 1, "epoch": 1, "loss": 11.0}\n{"step": 2, "epoch": 2, "loss": 12.0}\n')
+    other.replace(path)
+    metrics.update()
+    assert metrics.series["loss"].values.tolist() == [11, 12]
 
 
 def test_arrays_of_other_shapes_are_refused(copied: Callable[[str], Path]) -> None:

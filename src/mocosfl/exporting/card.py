@@ -94,7 +94,7 @@ def _header(run: Run, settings: Config, figures: dict[str, Any], license: str | 
 
 def _trained_on(run: Run, config: Config) -> list[str]:
     """Sources of the images that this run trained on, as far as it has them."""
-    if run.command == "serve":
+    if run.clients_elsewhere:
         return []
     if run.command == "pretrain":
         own = [config.pretrain.source] if config.pretrain.source else []
@@ -103,7 +103,7 @@ def _trained_on(run: Run, config: Config) -> list[str]:
 
 
 def _tested_on(run: Run, config: Config) -> str | None:
-    return (run.data_facts() or {}).get("evaluate_on") if run.command == "serve" else config.data.source
+    return (run.data_facts() or {}).get("evaluate_on") if run.clients_elsewhere else config.data.source
 
 
 def shown_source(source: str) -> str:
@@ -141,7 +141,7 @@ def _rows(rows: dict[str, Any]) -> str:
 
 def _data(run: Run, settings: Config, encoder: Encoder, figures: dict[str, Any]) -> str:
     facts = run.data_facts() or {}
-    if run.command == "serve":
+    if run.clients_elsewhere:
         source = "the clients' own"
     else:
         source = " and ".join(shown_source(name) for name in _trained_on(run, run.config))
@@ -170,13 +170,15 @@ def _clients(run: Run, settings: Config, encoder: Encoder) -> str:
     if run.command == "pretrain":
         rows["clients"] = f"none yet: pre-training on the server, for {clients.number:,} clients"
     else:
-        where = "over the network" if run.command == "serve" else "simulated on one machine"
+        where = {"serve": "over the network", "flower": "connected by Flower"}.get(
+            run.command, "simulated on one machine"
+        )
         rows |= {
             "clients": f"{clients.number:,}, {where}",
-            "partition": None if run.command == "serve" else how,
+            "partition": None if run.clients_elsewhere else how,
             "active in a round": f"{settings.pool:,}",
             "images of one client in a step": clients.batch,
-            "client halves": "frozen" if clients.frozen else f"averaged every {settings.sync.every} steps",
+            "client halves": "frozen" if clients.frozen else _averaged(settings),
             "started from": f"the run {clients.init}" if clients.init else None,
             "defence of the latents": settings.defence.kind,
         }
@@ -192,6 +194,13 @@ def _clients(run: Run, settings: Config, encoder: Encoder) -> str:
     )
 
 
+def _averaged(settings: Config) -> str:
+    every, sampled = settings.sync.every, settings.pool < settings.clients.number
+    if every == 0:
+        return "averaged whenever others take their turn, and at the end" if sampled else "averaged at the end alone"
+    return "averaged every step" if every == 1 else f"averaged every {every:,} steps"
+
+
 def _seen(run: Run, settings: Config, figures: dict[str, Any]) -> str:
     lines = []
     if run.command == "pretrain":
@@ -202,7 +211,7 @@ def _seen(run: Run, settings: Config, figures: dict[str, Any]) -> str:
                 f"- The server saw a share of {settings.pretrain.target_share:g} of the clients' images of "
                 f"{settings.data.source}, none of client {settings.pretrain.spare_client}."
             )
-    elif run.command == "serve":
+    elif run.clients_elsewhere:
         lines.append("- The images stayed with the clients; the server saw their latents, and sums over their pixels.")
     else:
         lines.append(

@@ -73,7 +73,7 @@ def export(
         path: a finished run.
         out: the folder. Unset: ``export`` in the run.
         formats: none means all that can be made.
-        license: of the weights, for the model card.
+        license: of the weights, for the model card, the JSON files and the metadata of ONNX files.
         overwrite: replace what an export has written there before, all formats of it.
 
     Raises:
@@ -88,9 +88,9 @@ def export(
     encoder.card = model_card(run, encoder, license)
     makers: dict[Format, Callable[[Encoder], Made]] = {
         "huggingface": _huggingface,
-        "onnx": _onnx,
-        "client": _client,
-        "torchvision": _torchvision,
+        "onnx": partial(_onnx, license=license),
+        "client": partial(_client, license=license),
+        "torchvision": partial(_torchvision, license=license),
     }
     made: Made = {}
     left_out: dict[Format, str] = {}
@@ -158,19 +158,19 @@ class ClientHalf(nn.Module):
         return self.client(normalise(images, self.mean, self.std))
 
 
-def _onnx(encoder: Encoder) -> Made:
+def _onnx(encoder: Encoder, license: str | None) -> Made:
     shape = (encoder.channels, encoder.size, encoder.size)
     made: Made = {}
     for name, network, output in (
         ("encoder.onnx", encoder, "features"),
         ("client.onnx", ClientHalf(encoder), "latents"),
     ):
-        file, difference = to_onnx(with_plain_filters(network), shape, output)
+        file, difference = to_onnx(with_plain_filters(network), shape, output, license)
         made[name] = (file, f"images to {output}; onnxruntime and PyTorch differ by at most {difference:.1e}")
     return made
 
 
-def _client(encoder: Encoder) -> Made:
+def _client(encoder: Encoder, license: str | None) -> Made:
     facts: dict[str, Any] = {
         "format": 1,
         "input": "float32 images in [0, 1], (n, channels, size, size), less mean, divided by std",
@@ -187,20 +187,22 @@ def _client(encoder: Encoder) -> Made:
         what = f"its input and output; not its layers ({error})"
     return {
         "client.safetensors": (weights_of(encoder.client), "weights of the client half"),
-        "client.json": (_json(facts), what),
+        "client.json": (_json(facts, license), what),
     }
 
 
-def _torchvision(encoder: Encoder) -> Made:
+def _torchvision(encoder: Encoder, license: str | None) -> Made:
     weights, facts = torchvision_weights(encoder)
     return {
         "torchvision.safetensors": (
             save({name: tensor.contiguous() for name, tensor in weights.items()}),
             f"state dict for a {encoder.settings.backbone} of torchvision or timm, without fc",
         ),
-        "torchvision.json": (_json(facts), "what that ResNet has to be like, and mean and std of its input"),
+        "torchvision.json": (_json(facts, license), "what that ResNet has to be like, and mean and std of its input"),
     }
 
 
-def _json(values: dict[str, Any]) -> bytes:
+def _json(values: dict[str, Any], license: str | None) -> bytes:
+    if license is not None:
+        values = values | {"license": license}
     return json.dumps(values, indent=2).encode() + b"\n"

@@ -30,13 +30,14 @@ def check_installed() -> None:
         raise SettingError(f"not installed: {', '.join(missing)}; pip install {' '.join(PACKAGES)}")
 
 
-def to_onnx(network: nn.Module, shape: tuple[int, ...], output: str) -> tuple[bytes, float]:
+def to_onnx(network: nn.Module, shape: tuple[int, ...], output: str, license: str | None = None) -> tuple[bytes, float]:
     """Write a network as ONNX, and compute with it.
 
     Args:
         network: in eval mode; maps images (n, *``shape``), float32 in [0, 1], to a batch of something.
         shape: of one image.
         output: what the result is called. The input is called ``images``.
+        license: of the weights, noted as ``license`` among the file's metadata. Unset: nothing is.
 
     Returns:
         The file, for any batch size; and the greatest difference to PyTorch on random images, in batches of several
@@ -64,6 +65,8 @@ def to_onnx(network: nn.Module, shape: tuple[int, ...], output: str) -> tuple[by
     assert program is not None
     model = program.model_proto
     _forget(model)
+    if license is not None:
+        model.metadata_props.add(key="license", value=license)
     onnx.checker.check_model(model)
     file = model.SerializeToString()
     return file, _difference(network, file, shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -16,11 +17,14 @@ from mocosfl.distributed import World
 Norm = Literal["group", "batch"]
 CHANNELS_PER_GROUP = 4
 
+_SEEDING = threading.RLock()
+"""Threads share the default generator: the dashboard builds networks too, to count their bytes."""
+
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw initial weights from a seed; the global generators are left as they were."""
-    with torch.random.fork_rng(devices=[]):
+    """Draw initial weights from a seed, one thread at a time; the global generators are left as they were."""
+    with _SEEDING, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every GPU as well
         yield
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import ipaddress
 import socket
 import socketserver
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -41,6 +43,19 @@ WATCHED = 10.0
 PATIENCE = 10.0
 """Seconds, at the end, for which somebody who is looking may take to fetch the last state."""
 POLL = "state.json"
+REQUESTS = 16
+"""Requests that are answered at the same time; more are turned away."""
+
+
+@dataclass
+class _Made:
+    """A page that has been put together, for all who ask within ``FRESH`` seconds."""
+
+    when: float
+    page: Page
+    state: bytes
+    version: str
+    document: bytes | None = None
 
 
 class Dashboard(Callback):
@@ -71,7 +86,7 @@ class Dashboard(Callback):
             host, port = address(f"127.0.0.1:{listen}" if listen.isdecimal() else listen, "dashboard")
         except ValueError as error:
             raise SettingError(f"dashboard={listen}: expected PORT, such as 8080, or HOST:PORT") from error
-        self.own = is_own(host)
+        self.own, self._host = is_own(host), host
         try:
             self._server = _Server(host, port, self)
         except OSError as error:
@@ -86,7 +101,7 @@ class Dashboard(Callback):
         self._observer: Observer | None = None
         self._began: tuple[float, int] = (0.0, 0)
         self._examples: Examples | Missing = Missing("the run has not finished")
-        self._made: tuple[float, bytes, str] | None = None
+        self._made: _Made | None = None
         self._asked = -WATCHED
         self._told_all = threading.Event()
 
@@ -125,9 +140,15 @@ class Dashboard(Callback):
     def finish(self) -> None:
         """The run has ended. If somebody is looking, show all that there is, before this process goes."""
         finished = (self.path / "result.json").exists()
-        if finished and self._watched and self.own:
+        if finished and not self.own:
+            why = f"pictures are shown to this machine alone; mocosfl report {self.path} draws them"
+            self._examples = Missing(why)
+        elif finished and self._watched:
             self._doing = "drawing examples and the map of features"
-            self._examples = examples(self.path, torch.device("cpu"), self._say)
+            try:
+                self._examples = examples(self.path, torch.device("cpu"), self._say)
+            except Exception as error:  # the run is over, and well: a page must not make it fail
+                self._examples = Missing(f"examples could not be drawn ({type(error).__name__}: {error})")
         self._end("the run is over" if finished else "the run was stopped; it can be resumed")
 
     @property
@@ -147,25 +168,44 @@ class Dashboard(Callback):
         trainer, observer = self._trainer, self._observer
         if trainer is None and observer is None:  # what is in the folder now may be of another run
             return Page(self.path.name, [self.path.name], ["being prepared"], [], [], self._live(), images=False)
-        if self._reader is None or (trainer is not None and self._reader.size is None):
-            self._reader = Reader(self.path, size=_size(trainer))
+        if self._reader is None:
+            self._reader = Reader(self.path)
+        if self._reader.size is None:  # of a served run it never becomes known
+            self._reader.size = _size(trainer)
         contents = self._reader.read()
         return page([Shown(names_of([self.path])[0], contents, self._examples)], self._live(), images=self.own)
 
     def state(self) -> tuple[bytes, str]:
         """The page's state as JSON, and a name for this version of it."""
         with self._lock:
-            now = time.monotonic()
-            if self._made is None or now - self._made[0] > FRESH:
-                state = dumps(self.page().state())
-                self._made = now, state, hashlib.sha256(state).hexdigest()[:16]
-            _, state, version = self._made
-            return state, version
+            made = self._current()
+            return made.state, made.version
 
-    def document(self) -> str:
+    def document(self) -> bytes:
         """The page as HTML."""
         with self._lock:
-            return html(self.page(), POLL)
+            made = self._current()
+            if made.document is None:
+                made.document = html(made.page, POLL).encode()
+            return made.document
+
+    def _current(self) -> _Made:
+        now = time.monotonic()
+        if self._made is None or now - self._made.when > FRESH:
+            made = self.page()
+            state = dumps(made.state())
+            self._made = _Made(now, made, state, hashlib.sha256(state).hexdigest()[:16])
+        return self._made
+
+    def answers_to(self, host: str) -> bool:
+        """Whether a Host header is one under which this page is asked for on purpose.
+
+        A page elsewhere whose name has been made to point here (DNS rebinding) asks under that name.
+        """
+        name = host.rpartition("]")[0].strip("[]") if host.startswith("[") else host.partition(":")[0]
+        if self.own or not name:
+            return is_own(name)
+        return name.lower() in ("localhost", self._host.lower()) or _is_address(name)
 
     def heard(self) -> None:
         """Somebody is looking."""
@@ -200,6 +240,10 @@ def _size(trainer: Trainer | None) -> int | None:
     return None if views is None else int(views.images.shape[-1])
 
 
+ALONE = b"this page is served to this machine alone"
+OTHER_NAME = b"this page has no such name: ask for it by this machine's IP address, or the HOST that it listens on"
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False  # a browser may keep its connection
@@ -207,7 +251,24 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, host: str, port: int, dashboard: Dashboard) -> None:
         self.address_family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         self.dashboard = dashboard
+        self._free = threading.BoundedSemaphore(REQUESTS)
         super().__init__(where[:2], _Request)  # type: ignore[arg-type]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread of its own, unless there are too many."""
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+            return
+        with contextlib.suppress(OSError):
+            request.sendall(b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n")
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """As its parent's."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
 
     def server_bind(self) -> None:
         """As its parent's, without asking the network for this machine's name."""
@@ -228,17 +289,19 @@ class _Request(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         dashboard = self.server.dashboard
         url = urlsplit(self.path)
-        if dashboard.own and not _names_this_machine(self.headers.get("Host", "")):
-            # A page elsewhere whose name has been made to point here (DNS rebinding) asks under that name.
-            self._answer(HTTPStatus.FORBIDDEN, "text/plain", b"this page is served to this machine alone")
+        if not dashboard.answers_to(self.headers.get("Host", "")):
+            self._answer(HTTPStatus.FORBIDDEN, "text/plain", ALONE if dashboard.own else OTHER_NAME)
             return
         if url.path not in ("/", f"/{POLL}"):
             self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"there is nothing here")
             return
-        dashboard.heard()
+        # Any other page may make a browser ask, without being shown the answer: that is nobody who looks.
+        looks = self.headers.get("Sec-Fetch-Site", "none") in ("same-origin", "none")
+        if looks:
+            dashboard.heard()
         try:
             if url.path == "/":
-                self._answer(HTTPStatus.OK, "text/html", dashboard.document().encode())
+                self._answer(HTTPStatus.OK, "text/html", dashboard.document())
                 return
             state, version = dashboard.state()
         except Exception as error:  # whatever it is, the run goes on, and who asked is told
@@ -249,7 +312,8 @@ class _Request(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.NO_CONTENT, "application/json", b"", version)
         else:
             self._answer(HTTPStatus.OK, "application/json", state, version)
-        dashboard.told()
+        if looks:
+            dashboard.told()
 
     def _answer(self, status: HTTPStatus, kind: str, body: bytes, version: str | None = None) -> None:
         with contextlib.suppress(ConnectionError, TimeoutError):  # the browser has gone
@@ -269,6 +333,9 @@ class _Request(BaseHTTPRequestHandler):
         """Requests are not worth a line in the run's output."""
 
 
-def _names_this_machine(host: str) -> bool:
-    """Whether a Host header names this machine by its own address or as localhost."""
-    return is_own(host.rpartition("]")[0].strip("[]") if host.startswith("[") else host.partition(":")[0])
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

@@ -27,6 +27,8 @@ QUERIES, NEIGHBOURS = 8, 5
 LEAST = 2 * NEIGHBOURS
 """Of fewer images nothing can be said."""
 COMPONENTS, PERPLEXITY = 50, 30
+SAME = 1e-5
+"""Features of norm 1 that differ by less differ by rounding alone."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Examples:
         queries: (q,) numbers among the images, drawn at random, of every class alike.
         neighbours: (q, 5) the nearest others of each, by the cosine of their features.
         similarity: (q, 5) that cosine.
-        places: (n, 2) of a map of the features, by PCA and t-SNE.
+        places: (n, 2) of a map of the features, by PCA and t-SNE, or why there is no map.
     """
 
     what: str
@@ -53,7 +55,7 @@ class Examples:
     queries: NDArray[np.int64]
     neighbours: NDArray[np.int64]
     similarity: NDArray[np.float32]
-    places: NDArray[np.float32]
+    places: NDArray[np.float32] | Missing
 
 
 def examples(path: Path, device: torch.device, say: Callable[[str], None]) -> Examples | Missing:
@@ -70,15 +72,19 @@ def examples(path: Path, device: torch.device, say: Callable[[str], None]) -> Ex
         The images and what became of them, or why there are none.
     """
     try:
-        encoder = load_encoder(path, device)
-        chosen = _chosen(Run.open(path), say)
-        if isinstance(chosen, Missing):
-            return chosen
-        what, images, rows = chosen
-        if images.shape != (encoder.channels, encoder.size, encoder.size):
-            return Missing(f"the images are now of another size than those that {path} was trained on")
+        return _examples(path, device, say)
     except (MocosflError, OSError) as error:
         return Missing(str(error))
+
+
+def _examples(path: Path, device: torch.device, say: Callable[[str], None]) -> Examples | Missing:
+    encoder = load_encoder(path, device)
+    chosen = _chosen(Run.open(path), say)
+    if isinstance(chosen, Missing):
+        return chosen
+    what, images, rows = chosen
+    if images.shape != (encoder.channels, encoder.size, encoder.size):
+        return Missing(f"the images are now of another size than those that {path} was trained on")
     if len(rows) < LEAST:
         return Missing(f"there are only {len(rows)} {what}")
     rng = np.random.default_rng(0)  # not the run's: runs beside each other show the same images
@@ -104,8 +110,15 @@ def examples(path: Path, device: torch.device, say: Callable[[str], None]) -> Ex
     )
 
 
-def placed(features: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Places on a map, (n, 2), such that images with like features are near each other: PCA, then t-SNE."""
+def placed(features: NDArray[np.float32]) -> NDArray[np.float32] | Missing:
+    """Places on a map, (n, 2), such that images with like features are near each other: PCA, then t-SNE.
+
+    ``Missing`` where the features, of norm 1, are the same up to rounding, or not finite: t-SNE crashes on such.
+    """
+    if not np.isfinite(features).all():
+        return Missing("some features are not finite")
+    if np.ptp(features, axis=0).max() < SAME:
+        return Missing("all images have the same features")
     from sklearn.decomposition import PCA  # takes a second to import
     from sklearn.manifold import TSNE
 
@@ -118,7 +131,7 @@ def _chosen(run: Run, say: Callable[[str], None]) -> tuple[str, ImageSet, NDArra
     """Which images these are, the set they are in, and their rows."""
     config: Config = run.config
     data = config.data
-    if run.command == "serve":  # the clients' images are not here; those of the server may be
+    if run.clients_elsewhere:  # the clients' images are not here; those of the server may be
         own = (run.data_facts() or {}).get("evaluate_on")
         if own is None:
             return Missing("the run was served without evaluate_on: there are no images here to look at")

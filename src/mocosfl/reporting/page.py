@@ -21,7 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from mocosfl.errors import SettingError
+from mocosfl.errors import RunError, SettingError
 from mocosfl.files import write_atomically
 from mocosfl.reporting import sections
 from mocosfl.reporting.blocks import Section, Tile, plots_of
@@ -32,6 +32,8 @@ from mocosfl.reporting.sections import Live, Shown
 
 RUNS = COLOURS
 """Runs on one page, at most: more have no colour of their own."""
+GENERATOR = b'<meta name="generator" content="mocosfl">'
+"""What tells our pages from other files."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,19 @@ def html(made: Page, poll: str | None = None) -> str:
             plotly=Markup(plotly),
         )
     )
+
+
+def check_replaceable(path: Path) -> None:
+    """Make sure that a report may be written to a file.
+
+    Raises:
+        RunError: it is a file of somebody else's.
+        OSError: it cannot be read.
+    """
+    if path.exists():
+        with path.open("rb") as file:
+            if GENERATOR not in file.read(2000):
+                raise RunError(f"{path} is already there and is no report of mocosfl; choose another file with --out")
 
 
 def write(made: Page, path: Path) -> None:

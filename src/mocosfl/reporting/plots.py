@@ -255,11 +255,11 @@ def stacked_bars(name: str, title: str, bars: Sequence[tuple[str, str, dict[str,
     return Plot(name, title, f"{title}, by kind", figure, 130 + 38 * len(bars))
 
 
-def scatter(number: int, found: Examples, images: bool) -> Plot:
+def scatter(number: int, found: Examples, places: NDArray[np.float32], images: bool) -> Plot:
     marks = ("circle", "diamond", "square", "cross", "triangle-up")
     labels = np.zeros(len(found.images), np.int64) if found.labels is None else found.labels
     traces = []
-    for place, label in enumerate(np.unique(labels).tolist()):
+    for mark, label in enumerate(np.unique(labels).tolist()):
         rows = np.flatnonzero(labels == label)
         name = "images" if found.labels is None else plain(short(found.classes[label]))
         traces.append(
@@ -267,13 +267,13 @@ def scatter(number: int, found: Examples, images: bool) -> Plot:
                 "type": "scatter",
                 "mode": "markers",
                 "name": name,
-                "x": numbers(found.places[rows, 0]),
-                "y": numbers(found.places[rows, 1]),
+                "x": numbers(places[rows, 0]),
+                "y": numbers(places[rows, 1]),
                 "customdata": rows.tolist(),
                 "hovertemplate": "%{fullData.name}<extra></extra>",
                 "marker": {
-                    "color": colour(place),
-                    "symbol": marks[place // COLOURS % len(marks)],
+                    "color": colour(mark),
+                    "symbol": marks[mark // COLOURS % len(marks)],
                     "size": 6,
                     "opacity": 0.8,
                 },

@@ -6,9 +6,9 @@ version.
 
 from __future__ import annotations
 
-import io
 import json
 import math
+import os
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from mocosfl.errors import MocosflError
 from mocosfl.footprint import traffic
 from mocosfl.footprint.plan import Plan
 from mocosfl.footprint.traffic import Traffic
-from mocosfl.run import Run
+from mocosfl.run import ELSEWHERE, Run
 
 T = TypeVar("T")
 
@@ -89,9 +89,10 @@ class Metrics:
         self.series: dict[str, Series] = {}
         self.step, self.epoch, self.seconds = 0, 0.0, 0.0
         self._read = 0  # bytes
+        self._file: int | None = None  # which it is: a run that is resumed or made anew has another one
 
     def update(self) -> None:
-        """Read the lines that are new; all of them, if the file has become shorter.
+        """Read the lines that are new; all of them, if the file has become shorter or is another one.
 
         Raises:
             OSError: the file is there and cannot be read.
@@ -99,8 +100,10 @@ class Metrics:
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
-            if file.seek(0, io.SEEK_END) < self._read:
+            found = os.fstat(file.fileno())
+            if found.st_size < self._read or found.st_ino != self._file:
                 self._begin()
+                self._file = found.st_ino
             file.seek(self._read)
             for line in file:
                 if not line.endswith(b"\n"):
@@ -121,7 +124,10 @@ class Metrics:
             return
         self.step, self.epoch, self.seconds = int(step), epoch, self.seconds if seconds is None else seconds
         for name, value in numbers.items():
-            self.series.setdefault(name, Series()).add(step, epoch, value)
+            series = self.series.get(name)
+            if series is None:  # setdefault would make one for every value
+                series = self.series[name] = Series()
+            series.add(step, epoch, value)
 
     def last(self, name: str) -> float | None:
         """The last value of a metric; None if it was never logged."""
@@ -220,8 +226,8 @@ class Reader:
         facts = self._file("data.json", _json, "")
         facts = {} if isinstance(facts, Missing) else facts
         command = facts.get("kind", "train")
-        result = self._file("result.json", _json, UNFINISHED)
-        evaluation = self._file("evaluation.json", _json, "")
+        result = self._file("result.json", _figures, UNFINISHED)
+        evaluation = self._file("evaluation.json", _figures, "")
         if isinstance(evaluation, Missing) and not evaluation.why:
             evaluation = result
         if not isinstance(evaluation, Missing) and "knn" not in evaluation:
@@ -286,6 +292,22 @@ def _json(path: Path) -> dict[str, Any]:
     return values
 
 
+FIGURES = (
+    *("knn_untrained", "knn", "linear_probe", "linear_probe_train", "test_images", "bank_images"),
+    *("steps", "training_seconds", "evaluation_seconds"),
+)
+"""Of result.json and evaluation.json, what is shown as a number."""
+
+
+def _figures(path: Path) -> dict[str, Any]:
+    """Without those that are null."""
+    found = {name: value for name, value in _json(path).items() if value is not None}
+    for name in FIGURES:
+        if not isinstance(found.get(name, 0), int | float):
+            raise ValueError(f"{name}: expected a number, found {found[name]!r}")
+    return found
+
+
 def _audit(path: Path) -> dict[str, Any]:
     report = _json(path)
     for name in ("attacks", "worst", "mean image", "images", "client"):
@@ -314,7 +336,7 @@ def _participation(path: Path) -> NDArray[np.int64]:
 
 
 def _no_partition(command: str) -> str:
-    if command == "serve":
+    if command in ELSEWHERE:
         return "the clients' images stay with them; how many each holds is noted when the run ends"
     return EARLIER
 

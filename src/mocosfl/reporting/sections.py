@@ -473,7 +473,9 @@ def map_of_features(runs: Sequence[Shown], images: bool, waits: bool) -> Section
         found = run.examples
         if isinstance(found, Missing):
             return [_later(found, waits)]
-        return [scatter(number, found, images), Note(_which(found))]
+        if isinstance(found.places, Missing):
+            return [_missing(found.places), Note(_which(found))]
+        return [scatter(number, found, found.places, images), Note(_which(found))]
 
     return Section(
         "map",
