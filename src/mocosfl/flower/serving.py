@@ -115,7 +115,7 @@ class FlowerLog(Callback):
         }
         values |= {name: cohort.counts[name] for name in ("chunks", "answers", "failures", "late", "bytes_in")}
         if cohort.round_trips:
-            values["round_trip_seconds"] = round(sum(cohort.round_trips) / len(cohort.round_trips), 2)
+            values["round_trip_seconds"] = round(cohort.round_trip_seconds / cohort.round_trips, 2)
         if isinstance(cohort, AveragingCohort):
             values["clients_loss"] = cohort.loss
         self.log.write(trainer, values)
