@@ -108,7 +108,8 @@ class FlowerCohort:
     One message asks each client for the latents of a chunk: many steps. While the server trains from one chunk the
     clients compute the next. A chunk is complete when everybody who was asked has answered or failed, or when the
     quorum has and ``timeout`` is over. Whoever fails (an error, an answer that is not used, silence, a node that is
-    gone) is left out of the chunk; its images wait for the next one.
+    gone), and fails again when asked again, is left out of the chunk; its images wait for the next one. An answer that
+    comes when its chunk is over serves the next one.
 
     Nodes are looked for all the time. Each is asked who it is: the number of a client, images, sums of their pixels. A
     node that comes back under another id takes its client over. Nodes keep nothing between two messages, so each
