@@ -290,13 +290,16 @@ def test_without_a_quorum_the_run_waits_and_then_ends_with_a_checkpoint(half: st
     nodes = Nodes(parts(3))
 
     def vanish(trainer: Trainer) -> None:
+        cohort: Any = trainer.cohort
+        with cohort._changed:
+            assert cohort._changed.wait_for(lambda: len(cohort._coming.answers) == 3, 60)
         for node in (1001, 1002):
             nodes.there.pop(node)
 
     expected = (
         r"1 of 3 clients have answered within 3 s \(give-up\), and 2 must; .*; the checkpoint of step 15 is safe in"
     )
-    with pytest.raises(RunError, match=expected):  # when they left, what comes after step 10 had been sent
+    with pytest.raises(RunError, match=expected):  # when they left, steps 11 to 15 had come
         run(frozen(half), nodes, tmp_path, steps=5, give_up=3.0, callbacks=(At(6, vanish),))
     assert serve(FlowerSettings(out=str(tmp_path / "run"), resume=True, steps=4), Nodes(parts(3))).finished
     mocosfl.train(frozen(half), tmp_path / "simulated")
