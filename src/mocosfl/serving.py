@@ -82,6 +82,7 @@ def serve(
         cohort = RemoteCohort(encoder.client, config, settings, encoder.latent_shape, channels, size, device, events)
         finished = False
         stack.callback(lambda: cohort.stop(finished))
+        restore_images(config, run, cohort)
         cohort.start()
         for callback in callbacks:
             if isinstance(callback, Dashboard):
@@ -149,6 +150,19 @@ def folder_is_fresh(command: str, config: Config, out: str | Path, resume: bool,
     return earlier.latest_step is None
 
 
+def restore_images(config: Config, run: Run, cohort: ElsewhereCohort) -> None:
+    """Tell clients that are elsewhere, before they can be heard, how many images each had if the run goes on.
+
+    Args:
+        config: all settings.
+        run: its folder.
+        cohort: the clients.
+    """
+    facts = run.data_facts() or {}
+    if config.recalls and "client_images" in facts:
+        cohort.images[:] = facts["client_images"]
+
+
 def conduct(
     command: str,
     config: Config,
@@ -170,7 +184,7 @@ def conduct(
         run: its folder, locked.
         own: the server's own images; may be none.
         parts: in their initial state, on the CPU but for the server; their cohort and statistics are found here.
-        cohort: the clients, who can be heard.
+        cohort: the clients, who can be heard; of a run that goes on, after ``restore_images``.
         wanted: clients to wait for before the run begins.
         evaluate_on: where ``own`` is from.
         callbacks, console, metrics_port: as for ``run_to_end``.
@@ -179,8 +193,6 @@ def conduct(
     encoder, device = parts.encoder, parts.device
     facts = run.data_facts() or {"kind": command}
     run.write_json("data.json", facts)
-    if config.recalls and "client_images" in facts:
-        cohort.images[:] = facts["client_images"]
     if not _all_is_here(config, run, facts):
         images, mean, std = cohort.gather(wanted, lambda there: say(f"waiting for clients: {there} of {wanted}"))
     if "images" not in facts:

@@ -131,7 +131,7 @@ def test_a_bad_half_is_not_averaged(tmp_path: Path) -> None:
     config = digits(**CALM | {"sync.every": 7})
     run(config, nodes, tmp_path, mode="average")
     told = figures(tmp_path / "run")
-    assert told["failures"] == 2
+    assert told["failures"] == 3  # twice in the first round, once in the second
     assert told["answers"] == 4
     assert moved(tmp_path / "run", config).abs().max() < 1
 
@@ -144,8 +144,35 @@ def test_a_resumed_run_goes_on_with_the_average(tmp_path: Path) -> None:
             trainer.stop = trainer.step == 7
 
     assert not run(config, Nodes(parts(3)), tmp_path, mode="average", callbacks=(Stop(),)).finished
-    settings = FlowerSettings(mode="average", out=str(tmp_path / "run"), resume=True)
+    settings = FlowerSettings(out=str(tmp_path / "run"), resume=True)  # the mode is the run's
     assert serve(settings, Nodes(parts(3))).finished
     run(config, Nodes(parts(3)), tmp_path, "whole", mode="average")
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=2e-5)
     assert torch.allclose(half_of(tmp_path / "run"), half_of(tmp_path / "whole"), atol=1e-6)
+
+
+def test_rounds_are_counted_from_the_sync_points_of_a_pool(tmp_path: Path) -> None:
+    """A pool stays 4 steps and clients average every 3, and the run goes on from within a round."""
+    changes = {"sync.every": 3, "clients.number": 6, "clients.pool": 3, "clients.round": 4, "train.epochs": 0.07}
+
+    class Stop(mocosfl.trainer.Callback):
+        def after_step(self, trainer: Any, metrics: Any) -> None:
+            trainer.stop = trainer.step == 5
+
+    first, then = Nodes(parts(6)), Nodes(parts(6))
+    config = digits(**CALM | changes)
+    assert not run(config, first, tmp_path, mode="average", callbacks=(Stop(),)).finished
+    assert serve(FlowerSettings(out=str(tmp_path / "run"), resume=True), then).finished
+
+    def asked(nodes: Nodes) -> list[tuple[int, int, int]]:
+        """Client, steps done before and steps, of each message."""
+        asks: list[Any] = [m.content["ask"] for m in nodes.sent if m.metadata.message_type == LEARN]
+        return [(ask["client"], ask["first"] // 4, ask["images"] // 4) for ask in asks]
+
+    assert [steps for _, _, steps in asked(first)] == [3] * 3 + [1] * 3 + [3] * 3
+    assert [steps for _, _, steps in asked(then)] == [2] * 3 + [1] * 3
+    done = dict.fromkeys(range(6), 0)
+    for place, (client, before, steps) in enumerate(asked(first) + asked(then)):
+        assert before == done[client]
+        done[client] += 1 if 6 <= place < 9 else steps  # of the round in which it stopped, one step was done
+    assert sum(done.values()) == 3 * 8

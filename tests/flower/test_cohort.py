@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import mocosfl
 from mocosfl.config import Config
 from mocosfl.data.federation import export, federate
 from mocosfl.errors import RunError, SettingError
+from mocosfl.flower.cohort import FlowerCohort
 from mocosfl.flower.records import JOIN, LATENTS
 from mocosfl.flower.serving import serve
 from mocosfl.flower.settings import FlowerSettings
@@ -173,8 +175,85 @@ def test_a_bad_answer_is_one_of_a_node_that_failed(half: str, tmp_path: Path) ->
     said = said_of(frozen(half, **{"train.epochs": 0.04}), nodes, tmp_path, steps=4)
     assert "client 1 has failed: query latents: 16380 bytes instead of 16384" in said
     told = figures(tmp_path / "run")
-    assert (told["failures"], told["answers"]) == (1, 2)
+    assert (told["failures"], told["answers"]) == (2, 2)
     assert losses(tmp_path / "run").keys() == {1, 2, 3, 4}
+
+
+def test_two_nodes_with_one_number_do_not_displace_each_other_for_ever(half: str, tmp_path: Path) -> None:
+    nodes = Nodes([*parts(3), parts(3)[1]])
+
+    def keep_back(node: int, message: Message, reply: Message) -> Message | None:
+        assert len(nodes.asked(JOIN)) < 50
+        return None if message.metadata.message_type == LATENTS and node in (1001, 1003) else reply
+
+    nodes.spoil = keep_back
+    run(frozen(half, **{"train.epochs": 0.04}), nodes, tmp_path, steps=2, timeout=0.3)
+    assert sorted(nodes.asked(JOIN)) == [1000, 1001, 1002, 1003]
+
+
+def test_a_client_that_is_asked_afresh_for_ever_does_not_keep_a_chunk_open(half: str, tmp_path: Path) -> None:
+    nodes = Nodes(parts(3))
+
+    def move(node: int, message: Message, reply: Message) -> Message | None:
+        """Client 1 leaves whenever it is to compute, and is there again at once under another id."""
+        assert len(nodes.sent) < 200
+        if message.metadata.message_type != LATENTS or node in (1000, 1002):
+            return reply
+        if (own := nodes.there.pop(node, None)) is not None:
+            nodes.there[node + 1000] = own
+        return None
+
+    nodes.spoil = move
+    run(frozen(half, **{"train.epochs": 0.02}), nodes, tmp_path, steps=2, timeout=0.3)
+    assert figures(tmp_path / "run")["answers"] == 2
+
+
+def test_an_answer_that_cannot_be_put_together_is_one_of_a_node_that_failed(
+    half: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mocosfl.flower.cohort.PULLS", 1)  # all answers are fetched together
+    nodes, broken = Nodes(parts(3)), []
+
+    def spoil(node: int, message: Message, reply: Message) -> Message:
+        if node == 1001 and message.metadata.message_type == LATENTS and len(broken) < 2:
+            broken.append(node)
+            raise ValueError("no content")
+        return reply
+
+    nodes.spoil = spoil
+    said = said_of(frozen(half, **{"train.epochs": 0.04}), nodes, tmp_path, steps=4)
+    assert "client 1 has failed: an answer that cannot be read: ValueError('no content')" in said
+    told = figures(tmp_path / "run")
+    assert (told["failures"], told["answers"]) == (2, 3)  # that of client 0 was lost with it; both were asked again
+
+
+def test_a_client_that_fails_once_is_asked_again_for_the_same_chunk(half: str, tmp_path: Path) -> None:
+    nodes = Nodes(parts(3))
+    nodes.spoil = lambda node, message, reply: (
+        Message(Error(code=0, reason="a hiccup"), reply_to=message)
+        if node == 1001 and nodes.asked(LATENTS).count(1001) == 1
+        else reply
+    )
+    run(frozen(half), nodes, tmp_path)
+    told = figures(tmp_path / "run")
+    assert (told["chunks"], told["failures"], told["answers"]) == (1, 1, 3)
+
+
+def test_whose_latents_the_server_keeps_must_say_who_it_is_and_is_missed(
+    half: str, folders: list[str], tmp_path: Path
+) -> None:
+    nodes = Nodes([*parts(2), {"data": folders[2]}])
+    nodes.spoil = lambda node, message, reply: (
+        Message(Error(code=0, reason="no luck"), reply_to=message)
+        if node == 1001 and message.metadata.message_type == LATENTS
+        else reply
+    )
+    config = frozen(half, **RUNS["cache"] | {"train.epochs": 2.5})
+    trainers: list[Trainer] = []
+    said = said_of(config, nodes, tmp_path, min_clients=2, callbacks=(At(1, trainers.append),))
+    assert trainers[0].cohort.cohort._current is None  # type: ignore[attr-defined]
+    assert "node 1002 cannot join: the server keeps latents of each image, so a node must say which client" in said
+    assert re.search(r"client 1: latents of (\d+) of its \1 images have not come", said), said
 
 
 def test_a_client_that_fails_again_and_again_is_asked_less_often(half: str, tmp_path: Path) -> None:
@@ -186,7 +265,8 @@ def test_a_client_that_fails_again_and_again_is_asked_less_often(half: str, tmp_
     )
     run(frozen(half), nodes, tmp_path, steps=2)
     assert nodes.asked(LATENTS).count(1000) == 11
-    assert nodes.asked(LATENTS).count(1001) == 4  # chunks 1, 2, 4, 8: after n failures it rests for 2^(n-1) - 1
+    # chunks 1, 1, 2, 4, 8: after n > 1 failures it is left out of the chunk and of the next 2^(n-2) - 1
+    assert nodes.asked(LATENTS).count(1001) == 5
 
 
 def test_a_client_that_is_late_is_left_out_until_it_has_answered(half: str, tmp_path: Path) -> None:
@@ -200,6 +280,7 @@ def test_a_client_that_is_late_is_left_out_until_it_has_answered(half: str, tmp_
     run(frozen(half), nodes, tmp_path, steps=2, timeout=1.0)
     told = figures(tmp_path / "run")
     assert (told["failures"], told["late"]) == (1, 1)  # it was not asked again before the answer was there
+    assert told["answers"] == len(nodes.asked(LATENTS))  # and that served a later chunk
     assert nodes.asked(LATENTS).count(1000) == 11
     assert 5 < nodes.asked(LATENTS).count(1001) < 11
     assert told["waited_seconds"] >= 1
@@ -209,13 +290,16 @@ def test_without_a_quorum_the_run_waits_and_then_ends_with_a_checkpoint(half: st
     nodes = Nodes(parts(3))
 
     def vanish(trainer: Trainer) -> None:
+        cohort: Any = trainer.cohort
+        with cohort._changed:
+            assert cohort._changed.wait_for(lambda: len(cohort._coming.answers) == 3, 60)
         for node in (1001, 1002):
             nodes.there.pop(node)
 
     expected = (
         r"1 of 3 clients have answered within 3 s \(give-up\), and 2 must; .*; the checkpoint of step 15 is safe in"
     )
-    with pytest.raises(RunError, match=expected):  # when they left, what comes after step 10 had been sent
+    with pytest.raises(RunError, match=expected):  # when they left, steps 11 to 15 had come
         run(frozen(half), nodes, tmp_path, steps=5, give_up=3.0, callbacks=(At(6, vanish),))
     assert serve(FlowerSettings(out=str(tmp_path / "run"), resume=True, steps=4), Nodes(parts(3))).finished
     mocosfl.train(frozen(half), tmp_path / "simulated")
@@ -232,12 +316,42 @@ def test_a_resumed_run_equals_one_that_never_stopped(half: str, tmp_path: Path) 
         trainer.stop = True
 
     config = frozen(half, **POOL)
-    result = run(config, Nodes(parts(6)), tmp_path, steps=3, callbacks=(At(7, stop),))
+    # chunks are steps 1 to 3, 4, 5 to 7, 8 and so on: it stops within one
+    result = run(config, Nodes(parts(6)), tmp_path, steps=3, evaluate_on="digits", callbacks=(At(6, stop),))
     assert not result.finished
     settings = FlowerSettings(out=str(tmp_path / "run"), resume=True, steps=4, changes="train.log_every=1")
-    assert serve(settings, Nodes(parts(6))).finished
+    result = serve(settings, Nodes(parts(6)))
+    assert result.finished
+    assert "knn" in result.metrics  # evaluate-on is that of the beginning
     mocosfl.train(config, tmp_path / "simulated")
     assert_equal_runs(tmp_path / "run", tmp_path / "simulated")
+
+
+def test_a_run_that_goes_on_knows_its_images_before_it_hears_clients(
+    half: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(trainer: Trainer) -> None:
+        trainer.stop = True
+
+    config, known, start = frozen(half, **RUNS["cache"]), [], FlowerCohort.start
+    assert not run(config, Nodes(parts(3)), tmp_path, steps=5, callbacks=(At(2, stop),)).finished
+
+    def listen(cohort: FlowerCohort) -> None:
+        known.append(cohort.images.tolist())
+        start(cohort)
+
+    monkeypatch.setattr(FlowerCohort, "start", listen)
+    assert serve(FlowerSettings(out=str(tmp_path / "run"), resume=True), Nodes(parts(3))).finished
+    assert known == [json.loads((tmp_path / "run/data.json").read_text())["client_images"]]
+
+
+def test_a_node_that_could_not_join_is_asked_again(half: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mocosfl.flower.cohort.RETRY", 0.1)
+    nodes = Nodes(parts(3))
+    nodes.spoil = lambda node, message, reply: (
+        Message(Error(code=0, reason="a hiccup"), reply_to=message) if nodes.asked(JOIN).count(1001) == 1 else reply
+    )
+    assert run(frozen(half, **{"train.epochs": 0.02}), nodes, tmp_path).finished
 
 
 def test_nodes_that_cannot_join_are_told_of(half: str, tmp_path: Path) -> None:
@@ -288,6 +402,8 @@ REFUSED = [
     ({"data.size": None}, {}, "data.size is not set"),
     ({}, {"evaluate_on": "digit"}, "did you mean digits"),
     ({"clients.frozen": False, "defence.kind": "nopeek"}, {"mode": "average"}, "defence.kind=nopeek"),
+    ({"clients.frozen": False}, {"mode": "average", "steps": 5}, "steps=5: in mode=average .* set sync.every"),
+    ({"clients.frozen": False}, {"mode": "average", "memory": 64}, "memory=64: in mode=average .* set sync.every"),
     ({"clients.frozen": False, "sync.every": 0}, {"mode": "average"}, "sync.every=0: mode=average cannot"),
     ({"clients.frozen": False, "sync.momentum": False}, {"mode": "average"}, "sync.momentum=false: mode=average"),
     ({"clients.frozen": False, "sync.average": "median"}, {"mode": "average"}, "accepted is fedavg"),
@@ -315,6 +431,52 @@ def test_a_folder_that_holds_a_run_is_left_alone(half: str, tmp_path: Path) -> N
     with pytest.raises(RunError, match="is a run of `flwr run`"):
         mocosfl.train(config, tmp_path / "run", resume=True)
     assert run(config, Nodes(parts(3)), tmp_path, overwrite=True).finished
+
+
+class Hesitant(Nodes):
+    """Nodes behind a SuperLink that does something else with latents' messages, once.
+
+    Attributes:
+        instead: called with those messages, from the second chunk on; returns those that are pushed.
+    """
+
+    instead: Callable[[list[Message]], list[Message]]
+    _has: bool = False
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        messages = list(messages)
+        if not self._has and len(self.asked(LATENTS)) >= 3:
+            self._has = True
+            messages = self.instead(messages)
+        return super().push_messages(messages)
+
+
+def test_a_superlink_that_hangs_does_not_hold_up_who_stops_the_run(half: str, tmp_path: Path) -> None:
+    nodes, trainers, gate, waited = Hesitant(parts(3)), [], threading.Event(), []  # type: ignore[var-annotated]
+
+    class Watch(Callback):
+        def before_training(self, trainer: Trainer) -> None:
+            trainers.append(trainer)
+
+    def hang(messages: list[Message]) -> list[Message]:
+        trainers[0].stop = True
+        waited.append(gate.wait(20))
+        return messages
+
+    nodes.instead = hang
+    result = run(frozen(half), nodes, tmp_path, steps=2, callbacks=(Watch(),))
+    assert not result.finished
+    assert waited == []  # it hangs still
+    gate.set()
+
+
+def test_a_message_that_the_superlink_does_not_accept_is_told_of(half: str, tmp_path: Path) -> None:
+    nodes = Hesitant(parts(3))
+    nodes.instead = lambda messages: messages[1:]
+    said = said_of(frozen(half), nodes, tmp_path, steps=11)
+    assert said.count("the SuperLink has not accepted a message to node 1000; it is sent again") == 1
+    told = figures(tmp_path / "run")
+    assert (told["refused"], told["answers"]) == (1, 6)
 
 
 def test_a_superlink_that_is_gone_is_told_of(half: str, tmp_path: Path) -> None:

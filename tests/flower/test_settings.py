@@ -53,6 +53,7 @@ def test_a_run_that_starts_from_another_has_its_settings(half: str) -> None:
         ({"give-up": 0}, "give-up=0: input should be greater than 0"),
         ({"resume": True}, "out='': name the run folder to resume"),
         ({"resume": True, "overwrite": True, "out": "x"}, "overwrite=true: resume=true goes on"),
+        ({"resume": True, "recipe": "digits", "out": "x"}, "recipe='digits': resume=true goes on with the settings of"),
         ({"recipe": "digit"}, "unknown recipe digit; did you mean digits"),
         ({"recipe": "missing.yaml"}, "cannot read the configuration missing.yaml"),
         ({"set": "train.epochs"}, "set=train.epochs: expected NAME=VALUE"),

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -34,8 +34,13 @@ PAUSE = 0.5
 """Seconds between two looks at what has come."""
 PULLS = 8
 """Calls that fetch answers at the same time. One whose node dies while it sends blocks for minutes."""
-LONGEST_REST = 6
-"""A client that fails n times in a row is left out of the next 2^(n-1) - 1 chunks; n counts to this many."""
+RETRY = 30.0
+"""Seconds after which a node that could not join is asked again."""
+LONGEST_REST = 7
+"""A client that fails n > 1 times in a row is left out of the chunk and of the next 2^(n-2) - 1; n counts to this
+many."""
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError)
+"""What Flower raises when it cannot put an answer together again."""
 
 
 @dataclass(eq=False)
@@ -93,13 +98,18 @@ class Asked:
     chunk: Chunk | None = None
 
 
+Question = tuple[Asked, Message]
+"""A message that is to be sent."""
+
+
 class FlowerCohort:
     """Frozen clients under Flower (``clients.Cohort``).
 
     One message asks each client for the latents of a chunk: many steps. While the server trains from one chunk the
     clients compute the next. A chunk is complete when everybody who was asked has answered or failed, or when the
     quorum has and ``timeout`` is over. Whoever fails (an error, an answer that is not used, silence, a node that is
-    gone) is left out of the chunk; its images wait for the next one.
+    gone), and fails again when asked again, is left out of the chunk; its images wait for the next one. An answer that
+    comes when its chunk is over serves the next one.
 
     Nodes are looked for all the time. Each is asked who it is: the number of a client, images, sums of their pixels. A
     node that comes back under another id takes its client over. Nodes keep nothing between two messages, so each
@@ -152,7 +162,7 @@ class FlowerCohort:
         self.nodes: dict[int, int] = {}
         self.counts: Counter[str] = Counter()
         self.waited = 0.0
-        self.round_trips: list[float] = []
+        self.round_trips, self.round_trip_seconds = 0, 0.0
         self.step, self.steps, self.round_steps = 0, 2**62, 2**62
         self._room = math.inf
         self._coder = Coder(config.traffic.latents, config.traffic.topk, config.traffic.zstd)
@@ -160,12 +170,15 @@ class FlowerCohort:
         self._told = ConfigRecord({"settings": told.model_dump_json()})
         self._there: set[int] = set()
         self._asked: dict[str, Asked] = {}
+        self._sending: list[Asked] = []  # what is on its way to the SuperLink
         self._retry: dict[int, float] = {}  # nodes that could not join, and when they are asked again
+        self._claims: dict[int, int] = {}  # nodes that have said themselves which client they are
         self._failures: Counter[int] = Counter()  # of each client, in a row
         self._rests: dict[int, int] = {}  # until which step a client is left alone
         self._current: Chunk | None = None
         self._coming: Chunk | None = None
         self._pulls: dict[Future[list[Message]], list[str]] = {}
+        self._alone: set[str] = set()  # messages whose answers are fetched one by one
         self._pool = ThreadPoolExecutor(PULLS, "mocosfl flower pull")
         self._changed = threading.Condition()  # held by whoever reads or changes what both threads use
         self._over = threading.Event()
@@ -234,7 +247,13 @@ class FlowerCohort:
     def stop_asking(self) -> None:
         """Nothing more will be asked. Flower's nodes need not be told."""
         with self._changed:
+            self.drawn, self._current = self._used(), None  # its memory
             self.steps, self._coming = self.step, None
+        for client in np.flatnonzero(self.drawn < self.images):
+            self.say(
+                f"client {client}: latents of {self.images[client] - self.drawn[client]:,} of its "
+                f"{self.images[client]:,} images have not come; the rest of the run goes without them"
+            )
 
     @property
     def present(self) -> int:
@@ -282,10 +301,7 @@ class FlowerCohort:
 
     def state_dict(self) -> dict[str, Any]:
         """The half and the counters. Latents of steps that are not done yet are asked for again."""
-        drawn = self.drawn.copy()
-        if (chunk := self._current) is not None:
-            drawn[chunk.clients] -= (chunk.stop - self.step) * chunk.sizes
-        return {"online": self.online, "drawn": torch.from_numpy(drawn), "step": self.step}
+        return {"online": self.online, "drawn": torch.from_numpy(self._used()), "step": self.step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state_dict``'s result."""
@@ -293,6 +309,13 @@ class FlowerCohort:
         self.drawn, self.step = state["drawn"].numpy().copy(), state["step"]
 
     # Chunks
+
+    def _used(self) -> NDArray[np.int64]:
+        """(N,) int64, images of each client that were used so far."""
+        drawn = self.drawn.copy()
+        if (chunk := self._current) is not None:
+            drawn[chunk.clients] -= (chunk.stop - self.step) * chunk.sizes
+        return drawn
 
     def _length(self) -> int:
         """Steps of a chunk."""
@@ -323,8 +346,10 @@ class FlowerCohort:
         while True:
             enough = len(chunk.answers) >= self.need
             latest = time.monotonic() - self.settings.timeout if enough else -math.inf
-            waiting = any(asked.chunk is chunk and asked.since > latest for asked in self._asked.values())
-            if enough and not waiting:
+            under_way = [asked for asked in (*self._asked.values(), *self._sending) if asked.chunk is chunk]
+            waiting = any(asked.since > latest for asked in under_way)
+            # a client that is asked afresh again and again, node after node, must not keep the chunk open
+            if enough and (not waiting or time.monotonic() - began > self.settings.timeout):
                 break
             if self._stopping():
                 raise Stopped
@@ -338,9 +363,8 @@ class FlowerCohort:
                 )
             self._wait()
         self.waited += time.monotonic() - began
-        for asked in self._asked.values():
-            if asked.chunk is chunk:  # its client is left alone until the answer is there
-                self._blame(asked, f"no answer within {self.settings.timeout:g} s (timeout)")
+        for asked in under_way:  # its client is left alone until the answer is there
+            self._blame(asked, f"no answer within {self.settings.timeout:g} s (timeout)")
         self._closed(chunk)
         self.drawn[chunk.clients] += (chunk.stop - chunk.start) * chunk.sizes
         self.counts["chunks"] += 1
@@ -359,8 +383,10 @@ class FlowerCohort:
             while not self._over.is_set():
                 there = set(self.grid.get_node_ids())
                 with self._changed:
-                    self._attend(there)
+                    questions = self._attend(there)
+                    self._sending = [asked for asked, _ in questions]
                     self._changed.notify_all()
+                self._send(questions)
                 self._over.wait(PAUSE)
         except Exception as error:  # whatever the connection to the SuperLink raises: the run must hear of it
             with self._changed:
@@ -377,9 +403,10 @@ class FlowerCohort:
         if self._error is not None:
             raise RunError(f"Flower's nodes cannot be reached any more: {self._error!r}") from self._error
 
-    def _attend(self, there: set[int]) -> None:
-        """Take in who is there and what has come, and ask those who are free."""
+    def _attend(self, there: set[int]) -> list[Question]:
+        """Take in who is there and what has come; returns what to ask those who are free."""
         now, self._there = time.monotonic(), there
+        self._claims = {node: client for node, client in self._claims.items() if node in there}
         for client, node in list(self.nodes.items()):
             if node not in self._there:
                 del self.nodes[client]
@@ -391,21 +418,42 @@ class FlowerCohort:
                 self._failed(self._asked.pop(identifier), "its node is gone")
             elif now - asked.since > self.settings.give_up:
                 self._failed(self._asked.pop(identifier), f"no answer within {self.settings.give_up:g} s (give-up)")
-        self._ask_who(now)
+        questions = self._ask_who(now)
         if self._coming is not None:
-            self._ask(self._coming)
+            questions += self._ask(self._coming)
+        return questions
 
     def _fetch(self) -> None:
         """Take in what was fetched, and have more of it fetched."""
         for pull in [pull for pull in self._pulls if pull.done()]:
-            del self._pulls[pull]
-            for reply in pull.result():
+            identifiers = self._pulls.pop(pull)
+            try:
+                replies = pull.result()
+            except UNREADABLE as error:
+                if isinstance(error, OSError):  # a certificate that is not accepted is a ValueError too
+                    raise
+                self._unreadable(identifiers, error)
+                continue
+            self._alone.difference_update(identifiers)
+            for reply in replies:
                 if (asked := self._asked.pop(reply.metadata.reply_to_message_id, None)) is not None:
                     self._take(asked, reply)
         fetched = {identifier for identifiers in self._pulls.values() for identifier in identifiers}
         left, free = [identifier for identifier in self._asked if identifier not in fetched], PULLS - len(self._pulls)
-        for group in (left[place::free] for place in range(min(free, len(left)))):
+        groups = [[identifier] for identifier in left if identifier in self._alone][:free]
+        together, free = [identifier for identifier in left if identifier not in self._alone], free - len(groups)
+        groups += [together[place::free] for place in range(min(free, len(together)))]
+        for group in groups:
             self._pulls[self._pool.submit(self._pull, group)] = group
+
+    def _unreadable(self, identifiers: list[str], error: Exception) -> None:
+        """An answer cannot be put together: find out which. Those that came with it may be lost, and fail then too."""
+        if len(identifiers) > 1:
+            self._alone.update(identifiers)
+            return
+        self._alone.discard(identifiers[0])
+        if (asked := self._asked.pop(identifiers[0], None)) is not None:
+            self._failed(asked, f"an answer that cannot be read: {error!r}"[:300])
 
     def _pull(self, identifiers: list[str]) -> list[Message]:
         return list(self.grid.pull_messages(identifiers))
@@ -419,51 +467,77 @@ class FlowerCohort:
             if asked.client is None:
                 self._join(asked, *understood(lambda: who(reply.content)))
             else:
-                self.round_trips.append(time.monotonic() - asked.since)
+                self.round_trips += 1
+                self.round_trip_seconds += time.monotonic() - asked.since
                 if asked.chunk is not self._coming:
                     self.counts["late"] += 1
-                    return
-                self._answered(asked, reply)
+                    asked = self._for_coming(asked)
+                if asked.chunk is self._coming:
+                    self._answered(asked, reply)
+                assert asked.client is not None
                 self._failures[asked.client] = 0
+                self._rests.pop(asked.client, None)
         except Violation as error:
             self._failed(asked, str(error))
+
+    def _for_coming(self, asked: Asked) -> Asked:
+        """A message whose chunk is over, as one for the chunk that is coming if its answer does for that as well."""
+        late, coming, client = asked.chunk, self._coming, asked.client
+        if not self.prefetch or coming is None:  # a client that learns has learned from what is out of date
+            return asked
+        assert late is not None
+        assert client is not None
+        length = late.stop - late.start
+        wanted = client in coming.pool and client not in coming.answers and asked.first == self.drawn[client]
+        return replace(asked, chunk=coming) if wanted and length == coming.stop - coming.start else asked
 
     def _failed(self, asked: Asked, why: str) -> None:
         """Nothing came of a message."""
         if asked.client is None:
-            self._retry[asked.node] = time.monotonic() + self.settings.timeout
+            self._retry[asked.node] = time.monotonic() + RETRY
             self.say(f"node {asked.node} cannot join: {why}")
             return
         if asked.chunk is self._coming:
             self._blame(asked, why)
 
     def _blame(self, asked: Asked, why: str) -> None:
-        """A client is left out of a chunk, and rests if it is not the first time."""
+        """A client has failed. The first time it is asked again at once, then it rests."""
         client, chunk = asked.client, asked.chunk
         assert client is not None
         assert chunk is not None
         self.counts["failures"] += 1
         self._failures[client] += 1
-        rest = 2 ** (min(self._failures[client], LONGEST_REST) - 1) - 1
-        self._rests[client] = chunk.stop + rest * (chunk.stop - chunk.start)
+        if self._failures[client] > 1:
+            rest = 2 ** (min(self._failures[client], LONGEST_REST) - 2) - 1
+            self._rests[client] = chunk.stop + rest * (chunk.stop - chunk.start)
         self.say(f"client {client} has failed: {why}")
 
-    def _push(self, asked: list[tuple[Asked, RecordDict]], kind: str) -> None:
-        """Send messages."""
-        messages = [
-            Message(content, asked_.node, kind, ttl=self.settings.give_up, group_id=str(self.counts["chunks"]))
-            for asked_, content in asked
-        ]
-        accepted = set(self.grid.push_messages(messages)) if messages else set()
-        for (asked_, _), message in zip(asked, messages, strict=True):
-            if (identifier := message.metadata.message_id) in accepted:
-                self._asked[identifier] = asked_
+    def _question(self, asked: Asked, content: RecordDict, kind: str) -> Question:
+        return asked, Message(content, asked.node, kind, ttl=self.settings.give_up, group_id=str(self.counts["chunks"]))
 
-    def _ask_who(self, now: float) -> None:
-        """Ask nodes that are not known yet who they are."""
+    def _send(self, questions: list[Question]) -> None:
+        """Send messages. The lock is not held: a SuperLink that is gone holds nobody up but the thread."""
+        if not questions:
+            return
+        accepted = set(self.grid.push_messages([message for _, message in questions]))
+        with self._changed:
+            self._sending = []
+            for asked, message in questions:
+                if (identifier := message.metadata.message_id) in accepted:
+                    self._asked[identifier] = asked
+                    continue
+                if not self.counts["refused"]:
+                    self.say(f"the SuperLink has not accepted a message to node {asked.node}; it is sent again")
+                self.counts["refused"] += 1
+            self._changed.notify_all()
+
+    def _ask_who(self, now: float) -> list[Question]:
+        """What to ask nodes that are not known yet: who they are."""
         known = set(self.nodes.values()) | {asked.node for asked in self._asked.values()}
+        # two nodes with one number would displace each other for ever: the first is left alone while the other is there
+        known |= {node for node, client in self._claims.items() if client in self.nodes}
         new = sorted(node for node in self._there - known if self._retry.get(node, now) <= now)
-        self._push([(Asked(node, now), RecordDict({"run": self._told})) for node in new], JOIN)
+        return [self._question(Asked(node, now), RecordDict({"run": self._told}), JOIN) for node in new]
 
     def _join(self, asked: Asked, client: int | None, holding: Holding) -> None:
         """A node has said who it is.
@@ -473,7 +547,13 @@ class FlowerCohort:
         """
         number = self.config.clients.number
         holding.check(self.channels, self.size)
+        claimed = client is not None
         if client is None:
+            if self.config.recalls:  # it might be given the latents of another's images
+                raise Violation(
+                    "the server keeps latents of each image, so a node must say which client it is (client=NUMBER of "
+                    "--node-config)"
+                )
             free = [client for client in range(number) if client not in self.nodes]
             if not free:
                 raise Violation(f"all {number} clients are there (clients.number)")
@@ -493,13 +573,15 @@ class FlowerCohort:
             for identifier, other in list(self._asked.items()):
                 if other.client == client:
                     del self._asked[identifier]
+        if claimed:
+            self._claims[asked.node] = client
         self.nodes[client], self.holdings[client], self.images[client] = asked.node, holding, holding.images
         self._failures[client] = 0
         self._rests.pop(client, None)
         self.counts["joined"] += 1
 
-    def _ask(self, chunk: Chunk) -> None:
-        """Ask those who are free for their part of a chunk."""
+    def _ask(self, chunk: Chunk) -> list[Question]:
+        """What to ask those who are free: their part of a chunk."""
         now, busy = time.monotonic(), {asked.client for asked in self._asked.values()}
         free = [
             client
@@ -510,16 +592,17 @@ class FlowerCohort:
             and self._rests.get(client, 0) <= chunk.start
         ]
         if not free:
-            return
+            return []
         common = self._content(chunk)
-        asked = []
+        questions = []
         for client in free:
             first = int(self.drawn[client])
             count = (chunk.stop - chunk.start) * self.config.batch_of(client)
             own = ConfigRecord({"client": client, "first": first, "images": count})
             content = RecordDict({**common, "ask": own})
-            asked.append((Asked(self.nodes[client], now, client, first, chunk), content))
-        self._push(asked, self.kind)
+            asked = Asked(self.nodes[client], now, client, first, chunk)
+            questions.append(self._question(asked, content, self.kind))
+        return questions
 
     def _weights(self) -> dict[str, NDArray]:
         """What clients compute with, by name."""

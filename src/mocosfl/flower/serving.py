@@ -24,7 +24,7 @@ from mocosfl.latent_cache import RecallingCohort
 from mocosfl.models.heads import WIDTHS
 from mocosfl.run import Run
 from mocosfl.server import Server
-from mocosfl.serving import check_remote, conduct, folder_is_fresh, own_images
+from mocosfl.serving import check_remote, conduct, folder_is_fresh, own_images, restore_images
 from mocosfl.trainer import Callback, Trainer
 
 
@@ -47,6 +47,8 @@ def serve(
         RunError: the run folder cannot be used, or training had to stop; what was kept is named.
     """
     config = settings.config()
+    if settings.resume:
+        settings = settings.going_on(config)
     _check(config, settings)
     device = choose_device(config.train.device)
     console = Console(quiet=True) if console is None else console
@@ -73,6 +75,7 @@ def serve(
         if isinstance(cohort, AveragingCohort):
             cohort.server = server
         stack.callback(cohort.stop)
+        restore_images(config, run, cohort)
         cohort.start()
         parts = Parts(encoder, cohort, server, device, World(), ([], []))
         wanted = settings.min_clients or config.clients.number
@@ -113,9 +116,11 @@ class FlowerLog(Callback):
             "steps_per_second": (trainer.step - self.step) / max(now - self.last, 1e-9),
             "waited_seconds": round(cohort.waited, 2),
         }
-        values |= {name: cohort.counts[name] for name in ("chunks", "answers", "failures", "late", "bytes_in")}
+        values |= {
+            name: cohort.counts[name] for name in ("chunks", "answers", "failures", "late", "refused", "bytes_in")
+        }
         if cohort.round_trips:
-            values["round_trip_seconds"] = round(sum(cohort.round_trips) / len(cohort.round_trips), 2)
+            values["round_trip_seconds"] = round(cohort.round_trip_seconds / cohort.round_trips, 2)
         if isinstance(cohort, AveragingCohort):
             values["clients_loss"] = cohort.loss
         self.log.write(trainer, values)
@@ -138,6 +143,9 @@ def _check(config: Config, settings: FlowerSettings) -> None:
         return
     if config.clients.frozen:
         raise SettingError("mode=average: clients.frozen=true leaves nothing to average; use mode=latents")
+    for key in ("steps", "memory"):
+        if (value := getattr(settings, key)) != FlowerSettings.model_fields[key].default:
+            raise SettingError(f"{key}={value:g}: in mode=average one message is a round; set sync.every")
     refused = {
         f"sync.every={config.sync.every}": config.sync.every == 0,
         f"sync.average={config.sync.average}": config.sync.average != "fedavg",

@@ -24,7 +24,7 @@ class FlowerSettings(Settings):
 
     mode: Literal["latents", "average"] = "latents"
     """latents: frozen clients send latents of many steps in one message. average: clients learn by themselves for a
-    round, and Flower's FedAvg averages their halves."""
+    round, and Flower's FedAvg averages their halves. A run that goes on keeps its own."""
     recipe: str = ""
     """A name from `mocosfl recipes`, or a YAML file of the server's. Unset: the settings of the run that clients.init
     names, or digits."""
@@ -37,7 +37,8 @@ class FlowerSettings(Settings):
     overwrite: bool = False
     """Delete the run in the folder first."""
     evaluate_on: str = ""
-    """Labelled images of the server's own, as data.source, for kNN and linear probe. Unset: no evaluation."""
+    """Labelled images of the server's own, as data.source, for kNN and linear probe. Unset: no evaluation; for a run
+    that goes on, those that it began with."""
     min_clients: Annotated[int, Field(ge=0)] = 0
     """The run begins when so many clients have joined. Unset: clients.number. Others may join at any time."""
     quorum: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -60,6 +61,8 @@ class FlowerSettings(Settings):
             raise ValueError(f"out='': name the run folder to {'resume' if self.resume else 'overwrite'}")
         if self.resume and self.overwrite:
             raise ValueError("overwrite=true: resume=true goes on in the run's folder; set only one of them")
+        if self.resume and self.recipe:
+            raise ValueError(f"recipe={self.recipe!r}: resume=true goes on with the settings of the run in out")
         return self
 
     @classmethod
@@ -91,6 +94,19 @@ class FlowerSettings(Settings):
         else:
             config = Run.open(str(start)).config
         return config.updated(changes) if changes else config
+
+    def going_on(self, config: Config) -> Self:
+        """These, with what a run that goes on is known to have: its mode, and where its own images are from.
+
+        Args:
+            config: the settings of the run.
+
+        Raises:
+            RunError: its folder cannot be read.
+        """
+        mode = "latents" if config.clients.frozen else "average"
+        evaluate_on = self.evaluate_on or (Run.open(self.out).data_facts() or {}).get("evaluate_on") or ""
+        return self.model_copy(update={"mode": mode, "evaluate_on": evaluate_on})
 
     def _changes(self) -> dict[str, Any]:
         """``set``, by dotted name."""
