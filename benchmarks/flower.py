@@ -216,6 +216,7 @@ def main() -> None:
     parser.add_argument("--least", type=int, default=4, help="messages of a run: fewer epochs where messages are small")
     args: argparse.Namespace = parser.parse_args()
     device = common.begin(args)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # or the processes would go on
     base = recipe("digits").updated(
         {
             "clients.number": args.clients,
