@@ -191,7 +191,7 @@ def test_settings_that_are_named_exist() -> None:
 
 def test_flags_in_prose_exist() -> None:
     everywhere = frozenset().union(*(flags_of(command) for command in (*COMMANDS, "mocosfl-client")))
-    others = {"--nproc-per-node"}  # torchrun
+    others = {"--nproc-per-node", "--node-config", "--run-config", "--enable-supernode-auth"}  # torchrun, Flower
     for page in PAGES:
         benchmarks = page == "benchmarks/README.md"
         for code in re.findall(r"`(--[^`\n]+)`", prose_of(page)):
