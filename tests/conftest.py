@@ -22,6 +22,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The tests of one file run in one place, and so do all those whose processes wait for each other: they never have
     each other beside them, only tests that compute."""
     for item in items:
+        if item.get_closest_marker("soak") and not os.environ.get("MOCOSFL_SOAK"):
+            item.add_marker(pytest.mark.skip(reason="takes long: make soak"))
         waits = any(item.path.is_relative_to(folder) for folder in WAITING)
         item.add_marker(pytest.mark.xdist_group("waiting" if waits else str(item.path)))
 

@@ -37,7 +37,9 @@ def run(name: str, *words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name", [name if name == "step" else pytest.param(name, marks=pytest.mark.soak) for name in COMMANDS]
+)
 def test_a_benchmark_writes_its_result(name: str, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     done = run(name, *COMMANDS[name], "--out", str(out))
@@ -47,6 +49,7 @@ def test_a_benchmark_writes_its_result(name: str, tmp_path: Path) -> None:
     assert result["repeats"] == 1
 
 
+@pytest.mark.soak
 def test_what_the_network_costs_is_measured_beside_bare_grpc(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     words = ["--clients", "3", "--sizes", "4", "--tls", "off", "--frozen", "3", "--seconds", "1", "--warm-up", "0.2"]
@@ -67,6 +70,7 @@ def test_what_the_network_costs_is_measured_beside_bare_grpc(tmp_path: Path) -> 
         assert case["ratio_by_cpu"]["median"] > 0
 
 
+@pytest.mark.soak
 def test_the_headline_stops_in_time_goes_on_and_writes_its_result(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     words = ["--recipe", "digits", "--out", str(tmp_path / "run"), "--json", str(out), "--set", *TINY]

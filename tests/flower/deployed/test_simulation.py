@@ -14,6 +14,7 @@ from nodes import digits, figures, losses
 import mocosfl
 
 
+@pytest.mark.soak
 def test_a_hundred_virtual_clients(flower: Callable[..., Any], tmp_path: Path) -> None:
     mocosfl.train(digits(**{"train.epochs": 0.02}), tmp_path / "half")
     changes = {"clients.number": 100, "clients.batch": 1, "clients.frozen": True, "train.epochs": 0.8}
