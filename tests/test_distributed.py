@@ -92,7 +92,10 @@ def test_processes_train_as_one_would(processes: int, case: int, ends: dict[int,
         assert_same(of_process[case]["state"], state)
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (4, 1), (2, 4)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [pytest.param(1, 2, marks=pytest.mark.soak), (4, 1), pytest.param(2, 4, marks=pytest.mark.soak)],
+)
 def test_a_state_of_some_processes_goes_on_with_others(before: int, after: int, tmp_path: Path) -> None:
     changes = {"clients.pool": 5, "clients.round": 3, **KEPT}
     values, state = train(changes, 9, World())

@@ -66,7 +66,9 @@ def test_bytes_of_every_recipe(name: str) -> None:
     assert way(found.run, UP) <= found.messages[0] <= found.socket[0] < 1.1 * way(found.run, UP)
 
 
-@pytest.mark.parametrize("name", ["digits", "taressfl-small", "cifar10-noniid-1000"])
+@pytest.mark.parametrize(
+    "name", ["digits", "taressfl-small", pytest.param("cifar10-noniid-1000", marks=pytest.mark.soak)]
+)
 def test_the_whole_table_of_a_recipe(name: str) -> None:
     found = cost.of_recipe(recipe(name), device("pi5"))
     assert json.loads(json.dumps(found.facts()))["columns"][0]["memory"] > 0
