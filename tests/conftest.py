@@ -18,6 +18,7 @@ SHARED = TESTS.parents[1] / "shared" / "data"
 WAITING = (TESTS / "network", TESTS / "flower/deployed")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The tests of one file run in one place, and so do all those whose processes wait for each other: they never have
     each other beside them, only tests that compute."""
