@@ -3,15 +3,22 @@ VENV := .venv
 SOURCE ?= cifar10
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
+WAITING := tests/network tests/flower/deployed
 
-.PHONY: demo test soak lint docs wheels bench bench-gpu proto clean
+.PHONY: demo test test-computing test-waiting soak lint docs wheels bench bench-gpu proto clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)  ## train 100 clients with two kinds of digits each, then print the result
 	$(BIN)/mocosfl train digits --out runs/demo --overwrite
 
-test: $(STAMP)  ## all tests, side by side
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadgroup
+test: $(STAMP)  ## all tests: those that compute, and beside them those whose processes wait for each other, one by one
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target --keep-going test-computing test-waiting
+
+test-computing:
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile $(WAITING:%=--ignore=%)
+
+test-waiting:
+	$(BIN)/python -m pytest -p no:cacheprovider $(WAITING)
 
 soak: $(STAMP)  ## what takes long: kills, resets and 200,000 malformed messages, all benchmarks, 100 Flower nodes, ...
 	MOCOSFL_SOAK=1 $(BIN)/python -m pytest tests/network

@@ -13,20 +13,14 @@ import torch
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-TESTS = Path(__file__).resolve().parent
-SHARED = TESTS.parents[1] / "shared" / "data"
-WAITING = (TESTS / "network", TESTS / "flower/deployed")
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of one file run in one place, and so do all those whose processes wait for each other: they never have
-    each other beside them, only tests that compute."""
+    """Leave out what takes long."""
     for item in items:
         if item.get_closest_marker("soak") and not os.environ.get("MOCOSFL_SOAK"):
             item.add_marker(pytest.mark.skip(reason="takes long: make soak"))
-        waits = any(item.path.is_relative_to(folder) for folder in WAITING)
-        item.add_marker(pytest.mark.xdist_group("waiting" if waits else str(item.path)))
 
 
 @pytest.fixture(autouse=True, scope="session")
