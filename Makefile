@@ -18,7 +18,7 @@ test-computing:
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile $(WAITING:%=--ignore=%)
 
 test-waiting:
-	$(BIN)/python -m pytest -p no:cacheprovider $(WAITING)
+	$(BIN)/python -m pytest $(WAITING)
 
 soak: $(STAMP)  ## what takes long: kills, resets and 200,000 malformed messages, all benchmarks, 100 Flower nodes, ...
 	MOCOSFL_SOAK=1 $(BIN)/python -m pytest tests/network

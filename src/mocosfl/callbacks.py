@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -143,6 +143,22 @@ class Monitor(Callback):
         self.seconds = state["seconds"]
 
 
+class Follower(Protocol):
+    """Clients elsewhere, who are asked ahead of time."""
+
+    def follow(self, steps: int, round_steps: int | None, stopping: Callable[[], bool]) -> None:
+        """See ``RemoteCohort.follow``."""
+
+
+def let_follow(cohort: Follower, trainer: Trainer) -> None:
+    """Tell clients elsewhere how many steps ask for their latents, where rounds end, and when the run is to stop."""
+    sampled = trainer.config.pool < trainer.config.clients.number
+    steps = trainer.steps
+    if isinstance(trainer.cohort, RecallingCohort):
+        steps = trainer.cohort.schedule.uploads(steps)
+    cohort.follow(steps, trainer.round_steps if sampled else None, lambda: trainer.stop)
+
+
 class NetworkLog(Callback):
     """Figures of the network beside the metrics, and a table of the clients now and then.
 
@@ -163,11 +179,7 @@ class NetworkLog(Callback):
 
     def before_training(self, trainer: Trainer) -> None:
         """Begin to count."""
-        sampled = trainer.config.pool < trainer.config.clients.number
-        steps = trainer.steps
-        if isinstance(trainer.cohort, RecallingCohort):
-            steps = trainer.cohort.schedule.uploads(steps)
-        self.cohort.follow(steps, trainer.round_steps if sampled else None, lambda: trainer.stop)
+        let_follow(self.cohort, trainer)
         self.observer = Observer(self.cohort, trainer)
         if self.port is not None:
             self.end = serve_prometheus(self.observer, self.port)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 @pytest.fixture
@@ -17,9 +18,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def half(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A run whose half frozen clients start from."""
-    from nodes import digits
-
     import mocosfl
+    from tiny import digits
 
     out = tmp_path_factory.mktemp("half") / "half"
     mocosfl.train(digits(**{"train.epochs": 0.02}), out)

@@ -13,7 +13,7 @@ pytest.importorskip("flwr")
 import torch
 import torch.nn.functional as F
 from flwr.app import Array, Message
-from nodes import CALM, Nodes, digits, figures, losses, parts, run, travelled
+from nodes import CALM, Nodes, figures, losses, parts, run, travelled
 from safetensors.torch import load_file
 from torch import nn
 
@@ -26,6 +26,7 @@ from mocosfl.flower.client import _worker
 from mocosfl.flower.records import LEARN
 from mocosfl.flower.serving import serve
 from mocosfl.flower.settings import FlowerSettings
+from tiny import digits
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from naive import Client

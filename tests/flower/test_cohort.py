@@ -14,7 +14,7 @@ pytest.importorskip("flwr")
 
 import torch
 from flwr.app import Array, Error, Message
-from nodes import Nodes, digits, figures, losses, parts, run
+from nodes import Nodes, figures, losses, parts, run
 from rich.console import Console
 
 import mocosfl
@@ -26,6 +26,7 @@ from mocosfl.flower.records import JOIN, LATENTS
 from mocosfl.flower.serving import serve
 from mocosfl.flower.settings import FlowerSettings
 from mocosfl.trainer import Callback, Trainer
+from tiny import digits
 
 pytestmark = pytest.mark.usefixtures("quick")
 

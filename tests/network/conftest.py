@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from peers import Commands, Host, Loop, Member, Proxy, digits
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from peers import Commands, Host, Loop, Member, Proxy
 
 from mocosfl.data.federation import export, federate
+from tiny import digits
 
 
 @pytest.fixture

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peers import Commands, digits, eventually, free_port, last_figures, losses, saved_step
+from peers import Commands, eventually, free_port, last_figures, losses, saved_step
 from safetensors.torch import load_file
 
 import mocosfl
 from mocosfl.config import Config
 from mocosfl.encoder import Encoder
+from tiny import digits
 
 CALM = {"train.lr": 3e-5, "train.epochs": 0.13, "contrast.momentum": 0.5, "sync.every": 3}
 """14 steps in which rounding does not grow; any other order of updates shows a hundred times above the tolerances."""

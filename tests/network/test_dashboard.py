@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peers import Commands, digits, eventually
+from peers import Commands, eventually
 
 from mocosfl.reporting.report import Reader
+from tiny import digits
 
 LONGER = {"model.width": 16, "clients.batch": 8, "train.epochs": 2, "train.log_every": 5}
 """108 steps: a few seconds."""

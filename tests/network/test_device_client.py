@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trustme
-from peers import Commands, digits, eventually, last_figures, lines
+from peers import Commands, eventually, last_figures, lines
 from PIL import Image
 
 import mocosfl
 from mocosfl.footprint.memory import of_client_in_numpy
 from mocosfl.footprint.plan import Plan
 from mocosfl_device.cli import main
+from tiny import digits
 
 START = """
 import sys

@@ -21,7 +21,6 @@ from peers import (
     Member,
     Proxy,
     Raw,
-    digits,
     eventually,
     lines,
     losses,
@@ -32,6 +31,7 @@ from workers import learned_twice
 from mocosfl.models import build
 from mocosfl.network import service
 from mocosfl_device import client
+from tiny import digits
 
 ROUNDS = 20 if SOAK else 1
 """How often what happens at random moments is repeated."""

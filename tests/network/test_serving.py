@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from peers import Commands, Host, Member, digits, eventually, free_port, last_figures, lines
+from peers import Commands, Host, Member, eventually, free_port, last_figures, lines
 
 from mocosfl.cli import main
 from mocosfl.errors import RunError, SettingError
@@ -16,6 +16,7 @@ from mocosfl.network.enrolment import Registry
 from mocosfl.network.observe import COUNTERS, Observer, event_log, serve_prometheus
 from mocosfl.network.settings import ServeSettings
 from mocosfl.serving import serve
+from tiny import digits
 
 LARGE = {"model.width": 16, "clients.batch": 8, "train.epochs": 0.4, "train.log_every": 5, "sync.every": 50}
 """22 steps with latents of 64 KiB."""

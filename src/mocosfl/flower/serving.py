@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from rich.console import Console
 from torch import Tensor
 
-from mocosfl.callbacks import MetricsLog
+from mocosfl.callbacks import MetricsLog, let_follow
 from mocosfl.config import Config
 from mocosfl.distributed import World
 from mocosfl.errors import RunError, SettingError
@@ -20,7 +20,6 @@ from mocosfl.experiment import Parts, Result, choose_device, networks, prepared
 from mocosfl.flower.average import AveragingCohort
 from mocosfl.flower.cohort import FlowerCohort
 from mocosfl.flower.settings import FlowerSettings
-from mocosfl.latent_cache import RecallingCohort
 from mocosfl.models.heads import WIDTHS
 from mocosfl.run import Run
 from mocosfl.server import Server
@@ -96,11 +95,7 @@ class FlowerLog(Callback):
 
     def before_training(self, trainer: Trainer) -> None:
         """Begin to count."""
-        sampled = trainer.config.pool < trainer.config.clients.number
-        steps = trainer.steps
-        if isinstance(trainer.cohort, RecallingCohort):
-            steps = trainer.cohort.schedule.uploads(steps)
-        self.cohort.follow(steps, trainer.round_steps if sampled else None, lambda: trainer.stop)
+        let_follow(self.cohort, trainer)
         if isinstance(self.cohort, AveragingCohort):
             self.cohort.rates = lambda step: trainer.rates_of(step)[1]
         self.log = next(callback for callback in trainer.callbacks if isinstance(callback, MetricsLog))

@@ -10,10 +10,11 @@ import pytest
 
 pytest.importorskip("flwr")
 
-from nodes import digits, figures, losses, written
+from nodes import figures, losses, written
 
 import mocosfl
 from mocosfl.data.federation import export, federate
+from tiny import digits
 
 PATIENCE = 240
 

@@ -9,9 +9,10 @@ import pytest
 pytest.importorskip("flwr")
 pytest.importorskip("ray")
 
-from nodes import digits, figures, losses
+from nodes import figures, losses
 
 import mocosfl
+from tiny import digits
 
 
 @pytest.mark.soak
