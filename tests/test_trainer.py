@@ -215,7 +215,12 @@ def test_sync_points() -> None:
             self.events: list[str] = []
 
         def __getattr__(self, name: str):
-            return lambda *args: self.events.append(name) if name in ("activate", "synchronise", "forward") else None
+            def heard(*args: object) -> dict[str, torch.Tensor]:
+                if name in ("activate", "synchronise", "forward"):
+                    self.events.append(name)
+                return {}
+
+            return heard
 
     class Deaf:
         device = CPU
