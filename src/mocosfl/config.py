@@ -6,13 +6,14 @@ unless the sentence beside a setting says otherwise.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mocosfl.errors import SettingError, nearest
 
@@ -126,30 +127,89 @@ class AugmentSettings(Settings):
         return self
 
 
+BACKBONES = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+    *("vgg11", "vgg13", "mobilenetv2", "vit_tiny", "vit_small"),
+)
+"""Backbones by name; ``mocosfl.models`` has one of each."""
+
+
 class ModelSettings(Settings):
     """The backbone, where it is cut, and the projection head."""
 
     group = "model"
 
-    backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
-    """Residual network of He et al. (2016)."""
+    backbone: str = "resnet18"
+    """resnet18, resnet34, resnet50, resnet101, resnet152, vgg11, vgg13, mobilenetv2, vit_tiny or vit_small
+    (docs/models.md). hf:SOURCE: a vision model of Hugging Face's transformers, in a folder or on the hub.
+    python:MODULE:FUNCTION: a network of your own."""
     width: Annotated[int, Field(ge=4, multiple_of=4)] = 64
-    """Channels of the stem; every stage scales with it. Published: 64."""
+    """Channels of the first convolution of a ResNet or VGG; every stage scales with it. Of mobilenetv2 64 times the
+    width multiplier; of a vision transformer the width of an attention head. Published: 64."""
     stem: Literal["32", "64", "224"] | None = None
-    """Stem for images of this size: 32 is 3x3 stride 1, 64 is 3x3 stride 2, 224 is 7x7 stride 2; no max-pool but
-    in 224. Unset: by the size of the images (up to 48, up to 128, larger)."""
-    cut: Count = 1
-    """Convolutions on the client: 1 is the stem (MocoSFL-1), 3 adds the first basic block (MocoSFL-3), and so on."""
+    """First layer for images of this size. ResNets: 32 is 3x3 stride 1, 64 is 3x3 stride 2, 224 is 7x7 stride 2; no
+    max-pool but in 224. mobilenetv2: the same strides. Vision transformers: patches of 4, 8 or 16 pixels. Unset: by the
+    size of the images (up to 48, up to 128, larger)."""
+    cut: int | str = 1
+    """Convolutions on the client: 1 is the stem (MocoSFL-1), 3 adds the first basic block (MocoSFL-3), and so on. Of a
+    vision transformer the patch embedding counts as one and each block as one. Of a backbone from elsewhere the name of
+    the last layer on the client. `mocosfl models` lists the cuts."""
     bottleneck: str = "none"
-    """Pair of convolutions around the cut: none, or CxSy for x channels at stride y, such as C4S2."""
+    """Pair of convolutions around the cut: none, or CxSy for x channels at stride y, such as C4S2. Not for tokens."""
     client_norm: Literal["group", "batch"] = "group"
-    """Normalisation in the client half: group (GroupNorm and weight standardisation) or batch."""
+    """Normalisation in the client half: group (GroupNorm and weight standardisation) or batch. Vision transformers have
+    LayerNorm, and backbones from elsewhere their own."""
     server_norm: Literal["group", "batch"] = "group"
     """Normalisation in the server half. batch averages over the concatenated batch of all clients, and over both ways
     of a symmetric loss."""
+    pooling: Literal["token", "mean"] | None = None
+    """How tokens become features: token is the class token's, mean the mean of all (a vision transformer then has no
+    class token). Unset: token where there is a class token. Networks of convolutions always average."""
+    pretrained: bool = False
+    """Start from the weights of the Hugging Face source."""
+    architecture: str | None = None
+    """Configuration of the Hugging Face backbone, as JSON. A run fills it in when it begins; from then on the source is
+    not needed."""
     head: Literal["v1", "small", "v2", "large"] = "v2"
     """Projection head: v1 is linear to 128; small linear to 512; v2 1024-1024 with ReLU; large 4096-2048 with
     BatchNorm and ReLU."""
+
+    @field_validator("cut", mode="before")
+    @classmethod
+    def _cut_is_a_place(cls, value: Any) -> Any:
+        number = int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value) else value
+        if isinstance(number, bool) or not isinstance(number, int | str) or number in (0, "") or value == "0":
+            raise ValueError(f"model.cut={value}: expected a number of convolutions from 1, or the name of a layer")
+        if isinstance(number, int) and number < 1:
+            raise ValueError(f"model.cut={value}: input should be greater than or equal to 1")
+        return number
+
+    @model_validator(mode="after")
+    def _settings_apply(self) -> Self:
+        name = self.backbone
+        elsewhere = re.fullmatch(r"hf:.+|python:[\w.]+:\w+", name) is not None
+        if not elsewhere and name not in BACKBONES:
+            raise ValueError(
+                f"model.backbone={name}: expected {', '.join(BACKBONES)}, hf:FOLDER-OR-HUB-ID or "
+                f"python:MODULE:FUNCTION; {nearest(name, BACKBONES)}".rstrip("; ")
+            )
+        fixed: dict[str, Any] = {}  # what cannot be chosen, and why
+        if elsewhere:
+            why = "a backbone from elsewhere has its own"
+            fixed = {"width": 64, "stem": None, "client_norm": "group", "server_norm": "group"}
+        elif name.startswith("vit"):
+            why = f"{name} has LayerNorm alone"
+            fixed = {"client_norm": "group", "server_norm": "group"}
+        else:
+            why = f"it means nothing to {name}"
+            fixed = {"pooling": None} | ({"stem": None} if name.startswith("vgg") else {})
+        if not name.startswith("hf:"):
+            fixed |= {"pretrained": False, "architecture": None}
+        for setting, value in fixed.items():
+            if (found := getattr(self, setting)) != value:
+                reason = "only hf: backbones have a source" if setting in ("pretrained", "architecture") else why
+                raise ValueError(f"model.{setting}={found}: {reason}; leave it at {value}".replace("at None", "unset"))
+        return self
 
 
 class ContrastSettings(Settings):

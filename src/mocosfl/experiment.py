@@ -35,7 +35,7 @@ from mocosfl.errors import ReportedElsewhere, RunError, SettingError
 from mocosfl.latent_cache import LossWatch, RecallingCohort
 from mocosfl.models import build_head
 from mocosfl.models.heads import WIDTHS
-from mocosfl.models.resnet import stem_for
+from mocosfl.models.pieces import stem_for
 from mocosfl.network.cohort import RemoteCohort
 from mocosfl.privacy.defences import defence_of
 from mocosfl.privacy.mixture import Mixture, fingerprints, mix

@@ -68,6 +68,7 @@ def with_plain_filters(network: nn.Module) -> nn.Module:
                 conv.kernel_size,  # type: ignore[arg-type]
                 conv.stride,  # type: ignore[arg-type]
                 conv.padding,  # type: ignore[arg-type]
+                groups=conv.groups,
                 bias=conv.bias is not None,
             )
             plain.weight, plain.bias = nn.Parameter(standardised(conv.weight.detach())), conv.bias
@@ -149,11 +150,17 @@ def norm_of(norm: Norm) -> Callable[[int], nn.Module]:
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution (no bias, size-preserving padding) and norm."""
+    """Convolution (size-preserving padding, a bias only if asked for) and norm."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, norm: Norm) -> None:
-        conv = conv_of(norm)(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, stride: int, norm: Norm, groups: int = 1, bias: bool = False
+    ) -> None:
+        conv = conv_of(norm)(
+            inputs, outputs, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=bias
+        )
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        if conv.bias is not None:
+            nn.init.zeros_(conv.bias)
         super().__init__(conv, norm_of(norm)(outputs))
 
 

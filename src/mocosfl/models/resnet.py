@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 from torch import nn
 
 from mocosfl.models.layers import BasicBlock, BottleneckBlock, ConvNorm, Norm
-
-Stem = Literal["32", "64", "224"]
+from mocosfl.models.pieces import Piece, Stem
 
 BLOCKS: dict[str, tuple[type[BasicBlock] | type[BottleneckBlock], tuple[int, ...]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (BottleneckBlock, (3, 4, 6, 3)),
+    "resnet101": (BottleneckBlock, (3, 4, 23, 3)),
+    "resnet152": (BottleneckBlock, (3, 8, 36, 3)),
 }
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One step of a backbone between two places where it can be cut.
-
-    Attributes:
-        name: such as ``stem`` or ``stage1.0``.
-        module: maps (n, C, H, W) to (n, ``channels``, H', W').
-        convolutions: convolutions on its main path.
-        channels: channels of its output.
-    """
-
-    name: str
-    module: nn.Module
-    convolutions: int
-    channels: int
-
-
-def stem_for(size: int) -> Stem:
-    """The published stem for images of this many pixels a side."""
-    return "32" if size <= 48 else "64" if size <= 128 else "224"
 
 
 def _stem(inputs: int, width: int, kind: Stem, norm: Norm) -> nn.Sequential:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -9,12 +10,16 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from mocosfl.config import ModelSettings
 from mocosfl.errors import SettingError
 from mocosfl.models.layers import seeded
-from mocosfl.models.resnet import Piece, resnet, stem_for
+from mocosfl.models.foreign import foreign, is_foreign
+from mocosfl.models.mobilenet import mobilenetv2
+from mocosfl.models.pieces import Backbone, Piece, stem_for
+from mocosfl.models.resnet import BLOCKS, resnet
+from mocosfl.models.vgg import CONVOLUTIONS, vgg
+from mocosfl.models.vit import HEADS, vit
 from mocosfl_device.randomness import stream
 
 
@@ -40,6 +45,19 @@ class Bottleneck:
                 f"model.bottleneck={text}: expected none, or CxSy with x channels at stride y = 1, 2 or 4, such as C4S2"
             )
         return cls(int(match[1]), int(match[2]))
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises ``SettingError`` where latents of this shape cannot be narrowed so."""
+        named = f"model.bottleneck=C{self.channels}S{self.stride}"
+        if len(shape) != 3:
+            tokens = f"{shape[0]} tokens of {shape[1]}" if len(shape) == 2 else f"{shape[0]}"
+            raise SettingError(
+                f"{named}: a convolution needs pixels, and the latents at this cut are {tokens} numbers; use none"
+            )
+        if shape[1] % self.stride or shape[2] % self.stride:
+            raise SettingError(
+                f"{named}: stride {self.stride} does not divide the {shape[1]}x{shape[2]} pixels at the cut"
+            )
 
     def pair(self, channels: int) -> tuple[nn.Sequential, nn.Sequential]:
         """The client's and the server's layer, for latents of this many channels at the cut."""
@@ -71,57 +89,85 @@ class SplitModel:
     features: int
 
 
-def split(pieces: list[Piece], cut: int) -> tuple[list[Piece], list[Piece]]:
-    """Cut a sequence of pieces after ``cut`` convolutions.
+def split(pieces: list[Piece], cut: int | str, unit: str | None = "convolutions") -> tuple[list[Piece], list[Piece]]:
+    """Cut a sequence of pieces.
+
+    Args:
+        pieces: the sequence.
+        cut: convolutions before the cut, or the name of the layer before it.
+        unit: what a number counts; None where pieces go by their names.
 
     Raises:
         SettingError: no piece ends there; names the cuts that exist.
     """
+    if unit is None:
+        before = [number for number, piece in enumerate(pieces, 1) if f"{piece.name}.".startswith(f"{cut}.")]
+        if not before:
+            names = ", ".join(piece.name for piece in pieces)
+            raise SettingError(f"model.cut={cut}: this backbone can be cut after one of its layers: {names}")
+        return pieces[: before[-1]], pieces[before[-1] :]
     ends = list(accumulate(piece.convolutions for piece in pieces))
     if cut not in ends:
-        raise SettingError(f"model.cut={cut}: this backbone can be cut after {', '.join(map(str, ends))} convolutions")
-    at = ends.index(cut) + 1
+        raise SettingError(f"model.cut={cut}: this backbone can be cut after {', '.join(map(str, ends))} {unit}")
+    at = ends.index(int(cut)) + 1
     return pieces[:at], pieces[at:]
 
 
-def build(settings: ModelSettings, channels: int, size: int, seed: int) -> SplitModel:
+def backbone_of(settings: ModelSettings, channels: int, size: int, pretrained: bool = False) -> Backbone:
+    """Build a whole backbone; its initial weights are drawn from the global generator.
+
+    Args:
+        settings: backbone, width, stem, cut, norms and pooling.
+        channels: channels of the images.
+        size: height and width of the images in pixels.
+        pretrained: of Hugging Face's, with the weights of its source.
+
+    Raises:
+        SettingError: it does not fit the images, or cannot be had.
+    """
+    name, width, stem = settings.backbone, settings.width, settings.stem or stem_for(size)
+    if is_foreign(name):
+        return foreign(settings, channels, size, pretrained)
+    if name in HEADS:
+        return vit(name, width, channels, size, stem, settings.pooling or "token")
+    cut = settings.cut if isinstance(settings.cut, int) else 0
+    norms = settings.client_norm, settings.server_norm
+    if name in BLOCKS:
+        pieces = resnet(name, width, channels, stem, cut, *norms)
+    elif name in CONVOLUTIONS:
+        pieces = vgg(name, width, channels, size, cut, *norms)
+    else:
+        pieces = mobilenetv2(width, channels, stem, cut, *norms)
+    return Backbone(pieces, pieces[-1].channels)
+
+
+def build(settings: ModelSettings, channels: int, size: int, seed: int, pretrained: bool = False) -> SplitModel:
     """Build and initialise both halves.
 
     Args:
-        settings: backbone, width, cut, norms and bottleneck.
+        settings: of the model.
         channels: channels of the images.
         size: height and width of the images in pixels.
         seed: of the initial weights; the global generator is left as it was.
+        pretrained: of a Hugging Face backbone, start from the weights of its source.
 
     Raises:
-        SettingError: the cut or the bottleneck does not fit.
+        SettingError: the backbone cannot be had, or the cut or the bottleneck does not fit.
     """
     bottleneck = Bottleneck.parse(settings.bottleneck)
     with seeded(stream(seed, "backbone")):
-        pieces = resnet(
-            settings.backbone,
-            settings.width,
-            channels,
-            settings.stem or stem_for(size),
-            settings.cut,
-            settings.client_norm,
-            settings.server_norm,
-        )
-        ours, theirs = split(pieces, settings.cut)
+        backbone = backbone_of(settings, channels, size, pretrained)
+        ours, theirs = split(backbone.pieces, settings.cut, backbone.unit)
         client = {piece.name.replace(".", "_"): piece.module for piece in ours}
         server = {piece.name.replace(".", "_"): piece.module for piece in theirs}
-        latent_shape = _shape_after(_sequence(client), (channels, size, size))
+        latent_shape = shape_after(_sequence(client), (channels, size, size))
         if bottleneck is not None:
-            if latent_shape[1] % bottleneck.stride:
-                raise SettingError(
-                    f"model.bottleneck={settings.bottleneck}: stride {bottleneck.stride} does not divide the "
-                    f"{latent_shape[1]}x{latent_shape[2]} pixels at the cut"
-                )
+            bottleneck.check(latent_shape)
             client["bottleneck"], widen = bottleneck.pair(ours[-1].channels)
             server = {"bottleneck": widen, **server}
-            latent_shape = _shape_after(client["bottleneck"], latent_shape)
-        server |= {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
-    return SplitModel(_sequence(client), _sequence(server), latent_shape, pieces[-1].channels)
+            latent_shape = shape_after(client["bottleneck"], latent_shape)
+        server |= backbone.ending
+    return SplitModel(_sequence(client), _sequence(server), latent_shape, backbone.features)
 
 
 def _sequence(modules: dict[str, nn.Module]) -> nn.Sequential:
@@ -129,8 +175,7 @@ def _sequence(modules: dict[str, nn.Module]) -> nn.Sequential:
 
 
 @torch.no_grad()
-def _shape_after(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
+def shape_after(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of one output, found on meta tensors: nothing is computed, no running statistic moves."""
-    state = {name: value.to("meta") for name, value in module.state_dict(keep_vars=True).items()}
-    output: Tensor = functional_call(module, state, (torch.empty(2, *shape, device="meta"),))
+    output: Tensor = copy.deepcopy(module).to("meta")(torch.empty(2, *shape, device="meta"))
     return tuple(output.shape[1:])

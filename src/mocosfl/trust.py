@@ -1,0 +1,35 @@
+"""Which functions of the user may be run where settings name them.
+
+Settings come with run folders and from servers, so that they name a function is no reason to run it: somebody has to
+say so here, on this machine.
+"""
+
+from __future__ import annotations
+
+import os
+
+from mocosfl.errors import SettingError
+
+VARIABLE = "MOCOSFL_TRUST_CODE"
+"""Of the environment: functions that may be run, ``MODULE:FUNCTION``, with commas between them."""
+
+_trusted: set[str] = set()
+
+
+def trust_code(function: str) -> None:
+    """Allow a function to be run wherever settings name it, from now on in this process.
+
+    Args:
+        function: ``MODULE:FUNCTION``, such as ``my_networks:small``, as ``model.backbone=python:my_networks:small`` has
+            it.
+    """
+    _trusted.add(function)
+
+
+def check_trusted(setting: str, function: str) -> None:
+    """Raises ``SettingError`` unless a function that a setting names may be run."""
+    if function not in _trusted.union(os.environ.get(VARIABLE, "").split(",")):
+        raise SettingError(
+            f"{setting}: this runs code of yours, which nobody has allowed here; if you know what it does, set "
+            f"{VARIABLE}={function} in the environment, or call mocosfl.trust_code({function!r})"
+        )
