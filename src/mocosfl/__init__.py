@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from mocosfl.encoder import Encoder, load_encoder
     from mocosfl.experiment import Result, evaluate, pretrain, train
     from mocosfl.recipes import recipe
+    from mocosfl.trust import trust_code
 
 __version__ = version("mocosfl")
-__all__ = ["Config", "Encoder", "Result", "evaluate", "load_encoder", "pretrain", "recipe", "train"]
+__all__ = ["Config", "Encoder", "Result", "evaluate", "load_encoder", "pretrain", "recipe", "train", "trust_code"]
 
 _HOME = {
     "Config": "mocosfl.config",
@@ -27,6 +28,7 @@ _HOME = {
     "pretrain": "mocosfl.experiment",
     "recipe": "mocosfl.recipes",
     "train": "mocosfl.experiment",
+    "trust_code": "mocosfl.trust",
 }
 
 

@@ -19,10 +19,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mocosfl.config import AttackSettings, Config
+from mocosfl.config import AttackSettings, Config, ModelSettings
 from mocosfl.errors import MocosflError, ReportedElsewhere, SettingError, nearest
 from mocosfl.network.settings import ServeSettings
 from mocosfl.recipes import RECIPES, recipe
+from mocosfl.trust import trust_code
 from mocosfl_device.settings import JoinSettings
 
 INTERRUPTED = 130
@@ -204,6 +205,27 @@ class CostArguments:
     """Training images of all clients together. Unset: those of data.source, which must be a folder or well known."""
     paper: bool = False
     """Instead: the paper's table 1 and figure 7, counted anew."""
+    json: Path | None = None
+    """Write all figures to this file too."""
+
+
+@dataclass
+class ModelsArguments:
+    """What each cut of a backbone leaves on the client: parameters and FLOPs of the forward pass on either side, and
+    the latents. NAME is a backbone as model.backbone takes it; without one: a line for each that has a name."""
+
+    size: int = 32
+    """Height and width of the images in pixels."""
+    channels: Literal[1, 3] = 3
+    """3 for colour, 1 for grey."""
+    width: int = 64
+    """As model.width."""
+    stem: Literal["32", "64", "224"] | None = None
+    """As model.stem."""
+    bottleneck: str = "none"
+    """As model.bottleneck."""
+    pooling: Literal["token", "mean"] | None = None
+    """As model.pooling."""
     json: Path | None = None
     """Write all figures to this file too."""
 
@@ -492,6 +514,41 @@ def _cost(args: Sequence[str]) -> int:
     return 0
 
 
+def _models(args: Sequence[str]) -> int:
+    flags = list(args)
+    name = flags.pop(0) if flags and not flags[0].startswith("-") else None
+    given = tyro.cli(ModelsArguments, prog="mocosfl models [NAME]", args=flags)
+    if given.size < 1:
+        raise SettingError(f"size={given.size}: expected a number of pixels")
+    from mocosfl.footprint.backbones import all_cuts, cuts_of
+    from mocosfl.reporting.backbones import overview, table
+
+    settings = ModelSettings(
+        backbone=name or "resnet18",
+        width=given.width,
+        stem=given.stem if name is not None else None,
+        bottleneck=given.bottleneck,
+        pooling=given.pooling if name is not None else None,
+    )
+    if name is None:
+        if given.stem or given.pooling:
+            raise SettingError("--stem and --pooling do not mean something to every backbone; name one")
+        found = all_cuts(settings, given.channels, given.size)
+        if not found:
+            raise SettingError(f"bottleneck={given.bottleneck}: fits no backbone on images of {given.size} pixels")
+        console.print(overview(found))
+        facts: Any = [cuts.facts() for cuts in found]
+    else:
+        cuts = cuts_of(settings, given.channels, given.size)
+        console.print(table(cuts))
+        facts = cuts.facts()
+    if given.json is not None:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        console.print(f"figures: {given.json}", highlight=False, soft_wrap=True)
+    return 0
+
+
 def _serve(args: Sequence[str]) -> int:
     config, flags = _base(args)
     given = tyro.cli(
@@ -573,6 +630,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "enroll": (_enroll, "give clients tokens to join with"),
     "recipes": (_recipes, "list the named configurations"),
     "cost": (_cost, "what a run costs a client in arithmetic, memory, bytes, time and energy, before it is made"),
+    "models": (_models, "backbones, and what each cut of one leaves on the client"),
     "partition": (_partition, "print and draw the split of the images over the clients"),
 }
 
@@ -607,6 +665,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors.print(f"unknown command {args[0]}; {nearest(args[0], COMMANDS)}".rstrip("; "), highlight=False)
         errors.print(_usage(), highlight=False)
         return 2
+    for word in args:  # what is typed is asked for; what a folder or a file says is not
+        if match := re.search(r"(?:^|=)python:(\S+)$", word):
+            trust_code(match[1])
     try:
         return COMMANDS[args[0]][0](args[1:])
     except (MocosflError, OSError) as error:

@@ -25,6 +25,7 @@ from mocosfl.data.augment import augmented, normalise, on_device, policy_of
 from mocosfl.data.images import ImageSet, upload
 from mocosfl.data.sampler import ClientSampler
 from mocosfl.distributed import World
+from mocosfl.models.layers import has_batch_norm
 from mocosfl.models.side_by_side import SideBySide, Stack
 from mocosfl.privacy.defences import Defence
 from mocosfl.rounding import rounded
@@ -228,7 +229,7 @@ class LocalCohort(_Simulated):
             config.sync.every == 1
             and config.sync.average == "fedavg"
             and config.pool == config.clients.number
-            and config.model.client_norm == "group"  # BatchNorm would mix the clients' statistics
+            and not has_batch_norm(half)  # it would mix the clients' statistics
             and self.sizes.min() == self.sizes.max()
         )
         self.seats = self.views.seats  # of the pool, those computed by this process

@@ -211,6 +211,21 @@ class ModelSettings(Settings):
                 raise ValueError(f"model.{setting}={found}: {reason}; leave it at {value}".replace("at None", "unset"))
         return self
 
+    @property
+    def title(self) -> str:
+        """The backbone, in a few words."""
+        return f"{self.backbone} of width {self.width}" if self.backbone in BACKBONES else self.backbone
+
+    @property
+    def place(self) -> str:
+        """Where it is cut, in a few words."""
+        if isinstance(self.cut, str):
+            return f"after {self.cut}"
+        if self.backbone.startswith("vit"):
+            blocks = self.cut - 1
+            return "after the patch embedding" + (f" and {blocks} block{'s' * (blocks > 1)}" if blocks else "")
+        return f"after {self.cut} convolution{'s' * (self.cut > 1)}"
+
 
 class ContrastSettings(Settings):
     """The contrast on the server (MoCo)."""

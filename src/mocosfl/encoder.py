@@ -18,6 +18,7 @@ from mocosfl.data.augment import normalise
 from mocosfl.errors import RunError
 from mocosfl.files import write_atomically
 from mocosfl.models import build
+from mocosfl.models.foreign import settled, without_paths
 
 FORMAT = 1
 
@@ -33,6 +34,7 @@ class Encoder(nn.Module):
         channels: channels of the images.
         size: height and width of the images in pixels.
         seed: of the initial weights.
+        pretrained: of a Hugging Face backbone, start from the weights of its source.
 
     Attributes:
         client, server: the halves.
@@ -45,9 +47,12 @@ class Encoder(nn.Module):
     std: Tensor
     card: str = ""
 
-    def __init__(self, settings: ModelSettings, channels: int, size: int, seed: int = 0) -> None:
+    def __init__(
+        self, settings: ModelSettings, channels: int, size: int, seed: int = 0, pretrained: bool = False
+    ) -> None:
         super().__init__()
-        model = build(settings, channels, size, seed)
+        settings = settled(settings)
+        model = build(settings, channels, size, seed, pretrained)
         self.settings, self.channels, self.size = settings, channels, size
         self.client, self.server = model.client, model.server
         self.latent_shape, self.features = model.latent_shape, model.features
@@ -82,13 +87,13 @@ class Encoder(nn.Module):
             facts: written to the JSON beside what rebuilding needs.
         """
         save_weights(self, folder / "encoder.safetensors")
-        text = self._description(facts)
+        text = self._description(self.settings, facts)
         write_atomically(folder / "encoder.json", lambda file: file.write(text))
 
-    def _description(self, facts: dict[str, Any]) -> bytes:
+    def _description(self, settings: ModelSettings, facts: dict[str, Any]) -> bytes:
         values = {
             "format": FORMAT,
-            "model": self.settings.model_dump(mode="json"),
+            "model": settings.model_dump(mode="json"),
             "channels": self.channels,
             "size": self.size,
             "features": self.features,
@@ -99,7 +104,7 @@ class Encoder(nn.Module):
 
     def pretrained_files(self) -> dict[str, bytes]:
         """What ``from_pretrained`` reads, by file name, with the model card if there is one."""
-        files = {CONFIG: self._description({}), WEIGHTS: weights_of(self)}
+        files = {CONFIG: self._description(without_paths(self.settings), {}), WEIGHTS: weights_of(self)}
         return files | ({CARD: self.card.encode()} if self.card else {})
 
     @classmethod

@@ -34,7 +34,9 @@ from mocosfl.encoder import Encoder, load_encoder, load_head, save_weights
 from mocosfl.errors import ReportedElsewhere, RunError, SettingError
 from mocosfl.latent_cache import LossWatch, RecallingCohort
 from mocosfl.models import build_head
+from mocosfl.models.foreign import is_foreign, settled
 from mocosfl.models.heads import WIDTHS
+from mocosfl.models.layers import has_batch_norm
 from mocosfl.models.pieces import stem_for
 from mocosfl.network.cohort import RemoteCohort
 from mocosfl.privacy.defences import defence_of
@@ -183,6 +185,7 @@ def _start(
     console: Console | None,
 ) -> Result:
     """Gather the images, build the parts, and begin or go on."""
+    config = config.model_copy(update={"model": settled(config.model)})
     device = choose_device(config.train.device)
     with joined(device) as world, prepared(device), contextlib.ExitStack() as stack:
         console = Console(quiet=True) if console is None or world.rank > 0 else console
@@ -291,7 +294,13 @@ def networks(
     of_input: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> tuple[Encoder, nn.Module]:
     """Encoder and head in their initial state, or that of ``clients.init`` if the run is a fresh one."""
-    encoder = Encoder(config.model, channels, size, config.seed)
+    encoder = Encoder(config.model, channels, size, config.seed, pretrained=config.model.pretrained and fresh)
+    alone = config.clients.batch == 1 and not config.clients.frozen
+    if alone and is_foreign(config.model.backbone) and has_batch_norm(encoder.client):
+        raise SettingError(
+            f"clients.batch=1: the client half of {config.model.backbone} has BatchNorm, which has nothing to average "
+            "over; use a larger batch"
+        )
     if of_input is not None:
         for buffer, numbers in zip((encoder.mean, encoder.std), of_input, strict=True):
             buffer.copy_(torch.tensor(numbers))
@@ -310,9 +319,9 @@ def _start_from(config: Config, encoder: Encoder, head: nn.Module) -> None:
     """
     run = Run.open(str(config.clients.init))
     start = load_encoder(run.path)
-    used = ["backbone", "width", "cut", "bottleneck", "client_norm"]
+    used = ["backbone", "architecture", "width", "cut", "bottleneck", "client_norm"]
     if config.train.init_server:
-        used += ["server_norm", "head"]
+        used += ["server_norm", "pooling", "head"]
 
     def facts(model: Encoder) -> dict[str, Any]:
         values = {f"model.{name}": getattr(model.settings, name) for name in used}
@@ -499,7 +508,7 @@ def _describe(config: Config, federation: Federation, encoder: Encoder, trainer:
     if isinstance(federation, Mixture):
         return (
             f"images:  {_sources(config, sizes)}; none of client {federation.spare_client}\n"
-            f"server:  {model.backbone} of width {model.width} cut after {model.cut}, latents "
+            f"server:  {model.title} cut after {model.cut}, latents "
             f"{'x'.join(map(str, encoder.latent_shape))}, {trainer.steps} steps of {config.step_images} images on "
             f"{trainer.server.device}"
         )
@@ -508,7 +517,7 @@ def _describe(config: Config, federation: Federation, encoder: Encoder, trainer:
             f"clients: {federation.joined} of at most {config.clients.number} have joined, with "
             f"{federation.images:,} images; batch {config.clients.batch}; latents "
             f"{'x'.join(map(str, encoder.latent_shape))}\n"
-            f"server:  {model.backbone} of width {model.width} cut after {model.cut}, {trainer.steps} steps of "
+            f"server:  {model.title} cut after {model.cut}, {trainer.steps} steps of "
             f"up to {config.step_images} images on {trainer.server.device}"
         )
     kind = {
@@ -526,7 +535,7 @@ def _describe(config: Config, federation: Federation, encoder: Encoder, trainer:
         f"{len(federation.train_rows)} for training, {len(federation.held_out)} held out, {test} for testing\n"
         f"clients: {len(sizes)}, {kind}, {images} images each, batch {config.clients.batch}{rich}{pool}; "
         f"latents {latent}\n"
-        f"server:  {model.backbone} of width {model.width} cut after {model.cut}, {trainer.steps} steps of "
+        f"server:  {model.title} cut after {model.cut}, {trainer.steps} steps of "
         f"{config.step_images} images on {trainer.server.device}"
     )
 

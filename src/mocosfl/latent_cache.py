@@ -305,6 +305,12 @@ class RecallingCohort:
         device: torch.device,
         begun: NDArray[np.int64] | None = None,
     ) -> None:
+        if len(shape) != 3:
+            for name in ("flip", "crop"):
+                if value := getattr(config.cache, name):
+                    raise SettingError(
+                        f"cache.{name}={value:g}: latents of {shape} have no pixels to move; accepted is 0"
+                    )
         self.cohort, self.config, self.images, self.device = cohort, config, images, device
         self.schedule: Schedule
         begun = images if begun is None else begun
@@ -470,7 +476,7 @@ def augmented_latents(
     """Flip, shift and disturb latents, each in a way of its own.
 
     Args:
-        latents: (2, n, C, H, W) float32, two views.
+        latents: (2, n, C, H, W) float32, two views; of any shape where they are neither mirrored nor shifted.
         settings: how much of each.
         seed: the run's.
         client, draw: (n,) int64, which count the randomness.
@@ -501,7 +507,7 @@ def augmented_latents(
         generator = torch.Generator(latents.device)
         generator.manual_seed(int(bits(seed, REPLAY, _NOISE, step) >> np.uint64(1)))
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
-        size = latents.square().mean(dim=(-3, -2, -1), keepdim=True).sqrt()
+        size = latents.square().mean(dim=tuple(range(2, latents.ndim)), keepdim=True).sqrt()
         latents = latents + settings.noise * size * noise
     return latents
 

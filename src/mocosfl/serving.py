@@ -25,6 +25,7 @@ from mocosfl.distributed import World
 from mocosfl.errors import SettingError
 from mocosfl.experiment import Parts, Result, check_frozen, choose_device, networks, prepared, run_to_end, seen
 from mocosfl.latent_cache import RecallingCohort, UploadFirst
+from mocosfl.models.foreign import settled
 from mocosfl.models.heads import WIDTHS
 from mocosfl.network.cohort import RemoteCohort
 from mocosfl.network.observe import event_log
@@ -63,6 +64,7 @@ def serve(
         RunError: the run folder, the address or a certificate cannot be used, or training had to stop; what was kept is
             named.
     """
+    config = config.model_copy(update={"model": settled(config.model)})
     _check_servable(config, settings, resume)
     device = choose_device(config.train.device)
     console = Console(quiet=True) if console is None else console

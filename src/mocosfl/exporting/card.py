@@ -14,6 +14,8 @@ from mocosfl.config import Config
 from mocosfl.data.sources import hub_id
 from mocosfl.encoder import Encoder
 from mocosfl.errors import SettingError
+from mocosfl.models.foreign import is_foreign, without_paths
+from mocosfl.models.vit import HEADS
 from mocosfl.run import Run
 
 PAPER = "https://openreview.net/forum?id=2QGJXyMNoPz"
@@ -40,7 +42,7 @@ def model_card(run: Run, encoder: Encoder, license: str | None) -> str:
         raise SettingError(f"license={license}: expected an SPDX identifier, such as apache-2.0 or cc-by-4.0")
     settings = _public(run.config)
     figures = (run.read_json("result.json") or {}) | (run.read_json("evaluation.json") or {})
-    name = f"{encoder.settings.backbone} of width {encoder.settings.width}, {settings.recipe}"
+    name = f"{settings.model.title}, {settings.recipe}"
     sections = {
         "Use": _use(encoder),
         "Data": _data(run, settings, encoder, figures),
@@ -118,7 +120,7 @@ def _public(config: Config) -> Config:
     changes = {name: shown_source(path) for name, path in paths.items() if path is not None}
     if config.clients.init is not None:
         changes["clients.init"] = Path(os.path.abspath(config.clients.init)).name
-    return config.updated(changes)
+    return config.updated(changes).model_copy(update={"model": without_paths(config.model)})
 
 
 def _use(encoder: Encoder) -> str:
@@ -165,6 +167,7 @@ def _clients(run: Run, settings: Config, encoder: Encoder) -> str:
         "classes": f"{partition.classes_per_client} classes a client",
         "dirichlet": f"Dirichlet with alpha {partition.alpha:g}",
     }[partition.kind]
+    has_norms = not is_foreign(model.backbone) and model.backbone not in HEADS  # else it has its own
     norms = {"group": "GroupNorm with weight standardisation", "batch": "BatchNorm"}
     rows: dict[str, Any] = {}
     if run.command == "pretrain":
@@ -185,11 +188,11 @@ def _clients(run: Run, settings: Config, encoder: Encoder) -> str:
     return _rows(
         rows
         | {
-            "backbone": f"{model.backbone} of width {model.width}",
-            "cut": f"after {model.cut} convolution{'s' * (model.cut > 1)}, bottleneck {model.bottleneck}; latents "
+            "backbone": model.title,
+            "cut": f"{model.place}, bottleneck {model.bottleneck}; latents "
             f"of {'x'.join(map(str, encoder.latent_shape))} numbers",
-            "client half": norms[model.client_norm],
-            "server half": norms[model.server_norm],
+            "client half": norms[model.client_norm] if has_norms else None,
+            "server half": norms[model.server_norm] if has_norms else None,
         }
     )
 

@@ -44,7 +44,7 @@ def to_onnx(network: nn.Module, shape: tuple[int, ...], output: str, license: st
         sizes.
 
     Raises:
-        SettingError: a package is missing.
+        SettingError: a package is missing, or the network does what PyTorch cannot write.
         RunError: the file does not compute the same.
     """
     check_installed()
@@ -52,16 +52,19 @@ def to_onnx(network: nn.Module, shape: tuple[int, ...], output: str, license: st
 
     images = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0))
     with _quiet():
-        program = torch.onnx.export(
-            network,
-            (images,),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["images"],
-            output_names=[output],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                network,
+                (images,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["images"],
+                output_names=[output],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:  # a network from elsewhere may do what ONNX cannot
+            raise SettingError(f"PyTorch cannot write this network as ONNX: {str(error).splitlines()[0]}") from error
     assert program is not None
     model = program.model_proto
     _forget(model)

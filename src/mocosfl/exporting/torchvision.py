@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mocosfl.encoder import Encoder
 from mocosfl.errors import SettingError
 from mocosfl.models.layers import ResidualBlock, with_plain_filters
+from mocosfl.models.resnet import BLOCKS
 
 WIDTH = 64
 """Channels of the stem of every ResNet there."""
@@ -24,9 +25,11 @@ def torchvision_weights(encoder: Encoder) -> tuple[dict[str, Tensor], dict[str, 
         Weights and running statistics by name; and what a model has to be like to hold them, ready for JSON.
 
     Raises:
-        SettingError: no such ResNet computes what this encoder does.
+        SettingError: it is no ResNet, or no such ResNet computes what this encoder does.
     """
     settings, reasons = encoder.settings, []
+    if settings.backbone not in BLOCKS:
+        raise SettingError(f"model.backbone={settings.backbone}: only ResNets are written under their names")
     if settings.width != WIDTH:
         reasons.append(f"model.width={settings.width}: theirs have {WIDTH}")
     if settings.bottleneck.lower() != "none":

@@ -20,6 +20,7 @@ from mocosfl.experiment import Parts, Result, choose_device, networks, prepared
 from mocosfl.flower.average import AveragingCohort
 from mocosfl.flower.cohort import FlowerCohort
 from mocosfl.flower.settings import FlowerSettings
+from mocosfl.models.foreign import settled
 from mocosfl.models.heads import WIDTHS
 from mocosfl.run import Run
 from mocosfl.server import Server
@@ -46,6 +47,7 @@ def serve(
         RunError: the run folder cannot be used, or training had to stop; what was kept is named.
     """
     config = settings.config()
+    config = config.model_copy(update={"model": settled(config.model)})
     if settings.resume:
         settings = settings.going_on(config)
     _check(config, settings)

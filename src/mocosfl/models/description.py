@@ -53,7 +53,8 @@ def describe(network: nn.Module, name: str = "") -> Description:
             return [{"kind": "relu"}]
         case nn.Identity():
             return []
-    raise TypeError(f"{name or 'the network'}: {type(network).__name__} cannot be computed without PyTorch")
+    kind = type(network).__name__ + (" in groups" if isinstance(network, nn.Conv2d) and network.groups > 1 else "")
+    raise TypeError(f"{name or 'the network'}: {kind} cannot be computed without PyTorch")
 
 
 def described(network: nn.Module) -> Description:

@@ -1,9 +1,8 @@
 """Backbones from elsewhere, Hugging Face's and the user's own, as sequences that can be cut after a layer by its name.
 
-A network is watched while it computes: which layer was given which tensor, and made which. Where layer after layer takes
-what the one before has made, and nothing else, from the images to the output, these layers are the network. What lies
-between them is found again at the finest grain at which that holds: a residual block is one layer, because its sum is
-not a layer's.
+A network is watched while it computes: which layer was given which tensor, and made which. Where layer after layer
+takes what the one before has made, and nothing else, from the images to the output, these layers are the network. The
+smallest ones are taken for which that holds: a residual block is one, because its sum is made between layers.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def is_foreign(backbone: str) -> bool:
 
 
 def settled(settings: ModelSettings) -> ModelSettings:
-    """The same settings with the configuration of a Hugging Face backbone in them: it can then be built without its source.
+    """The same settings with the configuration of a Hugging Face backbone in them, so that its source is not needed.
 
     Raises:
         SettingError: there is no such configuration.
@@ -141,8 +140,8 @@ def _of_hub(settings: ModelSettings, channels: int, size: int, pretrained: bool)
     kind = values.pop("model_type", None)
     if kind not in CONFIG_MAPPING:
         raise SettingError(
-            f"{what}: transformers {transformers.__version__} has no models of type {kind}; code that comes with a model "
-            "is not run"
+            f"{what}: transformers {transformers.__version__} has no models of type {kind}; code that comes "
+            "with a model is not run"
         )
     try:
         config = CONFIG_MAPPING[kind].from_dict(values)
@@ -318,11 +317,9 @@ def _pieces(network: nn.Module, channels: int, size: int, what: str) -> tuple[li
     start = _key(images)
     chain = None if output is None else _chain(watch.calls, start, _key(output))
     if output is None or chain is None:
-        reached = max((call for call in watch.calls if _leads(watch.calls, start, call)), key=lambda c: c.end, default=None)
-        where = f"up to {reached.name}" if reached else "from the images on"
         raise SettingError(
-            f"{what}: it is no sequence of layers, each of which takes what the one before has made and nothing else; only "
-            f"{where} it is. What is computed between layers can be made a layer of its own"
+            f"{what}: it is no sequence of layers, each of which takes what the one before has made and nothing else; it "
+            f"is one {_reached(watch.calls, start)}. What is computed between layers can be made a layer of its own"
         )
     pieces, shape = _named(chain), chain[-1].shape
     if len(shape) not in (1, 2, 3):
@@ -357,9 +354,17 @@ def _chain(calls: list[_Call], start: _Key, end: _Key) -> list[_Call] | None:
     return onward(start, 0)
 
 
-def _leads(calls: list[_Call], start: _Key, call: _Call) -> bool:
-    """Whether there is a way from a tensor through a call."""
-    return _chain([other for other in calls if other.end <= call.end], start, call.went) is not None
+def _reached(calls: list[_Call], start: _Key) -> str:
+    """How far calls lead from a tensor, as the outermost layers have it."""
+    keys, reached = {start}, []
+    for call in sorted(calls, key=lambda call: call.start):
+        if call.came in keys:
+            keys.add(call.went)
+            reached.append(call)
+    if not reached:
+        return "nowhere"
+    outermost = min(call.name.count(".") for call in reached)
+    return "up to " + max((call for call in reached if call.name.count(".") == outermost), key=lambda c: c.end).name
 
 
 def _named(chain: list[_Call]) -> list[Piece]:

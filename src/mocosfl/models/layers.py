@@ -139,6 +139,11 @@ def share_statistics(network: nn.Module, world: World) -> None:
                 setattr(parent, name, SharedBatchNorm(child, world))
 
 
+def has_batch_norm(network: nn.Module) -> bool:
+    """Whether some layer averages over the images of a batch."""
+    return any(isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) for layer in network.modules())
+
+
 def conv_of(norm: Norm) -> Callable[..., nn.Conv2d]:
     """The convolution that belongs to a norm: weight-standardised beside GroupNorm, plain beside BatchNorm."""
     return WSConv2d if norm == "group" else nn.Conv2d
@@ -155,9 +160,7 @@ class ConvNorm(nn.Sequential):
     def __init__(
         self, inputs: int, outputs: int, kernel: int, stride: int, norm: Norm, groups: int = 1, bias: bool = False
     ) -> None:
-        conv = conv_of(norm)(
-            inputs, outputs, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=bias
-        )
+        conv = conv_of(norm)(inputs, outputs, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=bias)
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         if conv.bias is not None:
             nn.init.zeros_(conv.bias)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mocosfl.config import ModelSettings
 from mocosfl.errors import SettingError
-from mocosfl.models.layers import seeded
 from mocosfl.models.foreign import foreign, is_foreign
+from mocosfl.models.layers import seeded
 from mocosfl.models.mobilenet import mobilenetv2
 from mocosfl.models.pieces import Backbone, Piece, stem_for
 from mocosfl.models.resnet import BLOCKS, resnet
@@ -160,12 +160,12 @@ def build(settings: ModelSettings, channels: int, size: int, seed: int, pretrain
         ours, theirs = split(backbone.pieces, settings.cut, backbone.unit)
         client = {piece.name.replace(".", "_"): piece.module for piece in ours}
         server = {piece.name.replace(".", "_"): piece.module for piece in theirs}
-        latent_shape = shape_after(_sequence(client), (channels, size, size))
+        latent_shape = _shape_after(_sequence(client), (channels, size, size))
         if bottleneck is not None:
             bottleneck.check(latent_shape)
             client["bottleneck"], widen = bottleneck.pair(ours[-1].channels)
             server = {"bottleneck": widen, **server}
-            latent_shape = shape_after(client["bottleneck"], latent_shape)
+            latent_shape = _shape_after(client["bottleneck"], latent_shape)
         server |= backbone.ending
     return SplitModel(_sequence(client), _sequence(server), latent_shape, backbone.features)
 
@@ -175,7 +175,7 @@ def _sequence(modules: dict[str, nn.Module]) -> nn.Sequential:
 
 
 @torch.no_grad()
-def shape_after(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _shape_after(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of one output, found on meta tensors: nothing is computed, no running statistic moves."""
     output: Tensor = copy.deepcopy(module).to("meta")(torch.empty(2, *shape, device="meta"))
     return tuple(output.shape[1:])

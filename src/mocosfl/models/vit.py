@@ -96,8 +96,8 @@ def vit(name: str, width: int, inputs: int, size: int, stem: Stem, pooling: Pool
     patch, heads = PATCH[stem], HEADS[name]
     if size % patch:
         raise SettingError(
-            f"data.size={size}: the patches of {name} have {patch} pixels a side here (model.stem={stem}), which do not "
-            f"divide the images; use a multiple of {patch}, or another model.stem"
+            f"data.size={size}: the patches of {name} have {patch} pixels a side here (model.stem={stem}), which do "
+            f"not divide the images; use a multiple of {patch}, or another model.stem"
         )
     width *= heads
     pieces = [Piece("embedding", PatchEmbedding(inputs, size, patch, width, pooling == "token"), 1, width)]
