@@ -31,7 +31,10 @@ def test_settings_left_out_take_their_defaults(tmp_path: Path) -> None:
         ({"client.number": 3}, r"unknown setting client\.number; did you mean clients\.number\?"),
         ({"train.lr": float("nan")}, r"train\.lr=nan: input should be"),
         ({"train.epochs": "many"}, r"train\.epochs='many': input should be a valid number"),
-        ({"model.backbone": "resnet19"}, r"model\.backbone='resnet19': input should be 'resnet18', 'resnet34' or"),
+        (
+            {"model.backbone": "resnet19"},
+            r"model\.backbone=resnet19: expected resnet18, .*did you mean resnet1[018]*\?",
+        ),
         ({"model.width": 18}, r"model\.width=18: input should be a multiple of 4"),
         ({"augment.crop_scale": (0.9, 0.2)}, r"augment\.crop_scale=\[0\.9, 0\.2\]: the first number must not exceed"),
         ({"clients.pool": 200}, r"clients\.pool=200: there are 100 clients"),

@@ -178,10 +178,8 @@ class ModelSettings(Settings):
     @classmethod
     def _cut_is_a_place(cls, value: Any) -> Any:
         number = int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value) else value
-        if isinstance(number, bool) or not isinstance(number, int | str) or number in (0, "") or value == "0":
-            raise ValueError(f"model.cut={value}: expected a number of convolutions from 1, or the name of a layer")
-        if isinstance(number, int) and number < 1:
-            raise ValueError(f"model.cut={value}: input should be greater than or equal to 1")
+        if isinstance(number, bool) or not isinstance(number, int | str) or number == "":
+            raise ValueError(f"model.cut={value}: expected a number of convolutions, or the name of a layer")
         return number
 
     @model_validator(mode="after")
@@ -193,6 +191,8 @@ class ModelSettings(Settings):
                 f"model.backbone={name}: expected {', '.join(BACKBONES)}, hf:FOLDER-OR-HUB-ID or "
                 f"python:MODULE:FUNCTION; {nearest(name, BACKBONES)}".rstrip("; ")
             )
+        if not elsewhere and isinstance(self.cut, int) and self.cut < 1:
+            raise ValueError(f"model.cut={self.cut}: input should be greater than or equal to 1")
         fixed: dict[str, Any] = {}  # what cannot be chosen, and why
         if elsewhere:
             why = "a backbone from elsewhere has its own"

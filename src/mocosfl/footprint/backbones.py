@@ -100,8 +100,11 @@ def cuts_of(settings: ModelSettings, channels: int, size: int) -> Cuts:
     """
     bottleneck = Bottleneck.parse(settings.bottleneck)
     with seeded(0), nullcontext() if is_foreign(settings.backbone) else torch.device("meta"):
-        backbone = backbone_of(settings, channels, size)
-    sizes, shape = [], (channels, size, size)
+        # BatchNorm has as many parameters, and is counted in a third of the time
+        plain = settings.model_copy(update={"client_norm": "batch", "server_norm": "batch"})
+        backbone = backbone_of(plain, channels, size)
+    shape: tuple[int, ...] = (channels, size, size)
+    sizes: list[tuple[tuple[int, int], tuple[int, ...]]] = []
     for part in (*(piece.module for piece in backbone.pieces), nn.Sequential(*backbone.ending.values())):
         counts, shape = _counts(part, shape)
         sizes.append((counts, shape))

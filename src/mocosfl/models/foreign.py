@@ -318,8 +318,8 @@ def _pieces(network: nn.Module, channels: int, size: int, what: str) -> tuple[li
     chain = None if output is None else _chain(watch.calls, start, _key(output))
     if output is None or chain is None:
         raise SettingError(
-            f"{what}: it is no sequence of layers, each of which takes what the one before has made and nothing else; it "
-            f"is one {_reached(watch.calls, start)}. What is computed between layers can be made a layer of its own"
+            f"{what}: it is no sequence of layers, each of which takes what the one before has made and nothing else; "
+            f"it is one {_reached(watch.calls, start)}. What is computed between layers can be made a layer of its own"
         )
     pieces, shape = _named(chain), chain[-1].shape
     if len(shape) not in (1, 2, 3):
