@@ -63,6 +63,22 @@ CASES = {
         {"clients.rich_share": 0.3, "clients.rich_batch_factor": 3, "contrast.both_views": True},
         {"clients.frozen": True},
         {"sync.average": "median", "clients.pool": 5, "clients.round": 3},
+        {"contrast.objective": "simclr", "contrast.both_views": True, "model.server_norm": "batch"},
+        {
+            "contrast.objective": "mocov3",
+            "contrast.predictor": 16,
+            "contrast.feature_sharing": False,
+            "clients.batch": 2,
+        },
+        {
+            "clients.holds": "network",
+            "clients.batch": 4,
+            "clients.lr_scale": "per_client_mean",
+            "contrast.objective": "byol",
+            "contrast.predictor": 16,
+            "contrast.both_views": True,
+            "contrast.feature_sharing": False,
+        },
         {"defence.kind": "ressfl", "ressfl.ssim_target": -1, "ressfl.blocks": 1, "ressfl.channels": 8},
     ],
     4: [
