@@ -25,6 +25,7 @@ class Client:
         self.online = copy.deepcopy(half)
         self.momentum = copy.deepcopy(half).requires_grad_(False)
         self.contributed = 0
+        self.scale = None  # of FedEMA, or whether the client had a part in an average at all
         self.forget()
 
     def forget(self) -> None:
@@ -61,6 +62,7 @@ class NaiveCohort:
         self.config, self.images, self.sampler, self.mean, self.std = config, images, sampler, mean, std
         self.clients = [Client(half, config) for _ in range(config.clients.number)]
         self.pool = np.arange(config.pool)
+        self.owed = None  # the averages that active clients are to be handed, where they keep some of their own
 
     def activate(self, pool: np.ndarray) -> None:
         for client in set(range(len(self.clients))) - set(pool.tolist()):
@@ -69,6 +71,7 @@ class NaiveCohort:
         self.pool = pool
 
     def forward(self) -> Latents:
+        self._hand_out_beside_own()
         policy, queries, keys = policy_of(self.config.augment), [], []
         first = self.sampler.drawn[self.pool]
         for client in self.pool:
@@ -97,12 +100,58 @@ class NaiveCohort:
 
     def synchronise(self) -> dict[str, Tensor]:
         apart = self._divergence()
+        if self.config.sync.own != "none":
+            return apart | self._keep_own()
         self._hand_out("online")
         if self.config.sync.momentum:
             self._hand_out("momentum")
         for client in self.clients:
             client.contributed = 0
         return apart
+
+    def _keep_own(self) -> dict[str, Tensor]:
+        """FedEMA or FedU: note the averages and, for clients with a first part in one, how far they are from it."""
+        halves = ("online", "momentum") if self.config.sync.momentum else ("online",)
+        self.owed = {half: self.average(half) for half in halves}
+        shares = []
+        for client in self.pool:
+            client = self.clients[client]
+            if client.contributed:
+                if client.scale is None:
+                    client.scale = self.config.sync.tau / self._distance(client)
+                shares.append(self._share(client))
+            client.contributed = 0
+        return {"own_share": torch.tensor(shares, dtype=torch.float32).mean()}
+
+    def _distance(self, client: Client) -> float:
+        """FedEMA: the L2 norm of all numbers' differences. FedU: its mean over the weights that are no vectors."""
+        encoder = {name: p for name, p in client.online.named_parameters() if not name.startswith("predictor.")}
+        off = {name: float((p.detach() - self.owed["online"][name]).norm()) for name, p in encoder.items()}
+        if self.config.sync.own == "ema":
+            return math.sqrt(sum(norm**2 for norm in off.values()))
+        return float(np.mean([norm for name, norm in off.items() if encoder[name].ndim > 1]))
+
+    def _share(self, client: Client) -> float:
+        if client.scale is None:
+            return 0.0
+        if self.config.sync.own == "predictor":
+            return float(self._distance(client) > self.config.sync.threshold)
+        return min(client.scale * self._distance(client), 1)
+
+    def _hand_out_beside_own(self) -> None:
+        if self.owed is None:
+            return
+        for client in self.pool:
+            client = self.clients[client]
+            mu = self._share(client)
+            for half, average in self.owed.items():
+                state = getattr(client, half).state_dict()
+                for name, own in state.items():
+                    if own.is_floating_point():
+                        kept = mu if self.config.sync.own == "ema" or name.startswith("predictor.") else 0
+                        state[name] = kept * own + (1 - kept) * average[name]
+                getattr(client, half).load_state_dict(state)
+        self.owed = None
 
     def _divergence(self) -> dict[str, Tensor]:
         """Mean over the clients of ‖w_c − w̄‖ / ‖w̄‖, of the half and of every block."""
@@ -117,6 +166,16 @@ class NaiveCohort:
                 for half in halves
             ]
             found[f"divergence/{block}".rstrip("/")] = torch.stack(ratios).mean()
+        modules = {
+            n: m
+            for n, m in self.clients[0].online.named_modules()
+            if next(m.parameters(recurse=False), None) is not None
+        }
+        for layer in modules:  # eq. 4 of the paper, of one synchronisation
+            names = [name for name in halves[0] if name.rpartition(".")[0] == layer]
+            norms = [sum((half[n].detach() - average[n]).square().sum() for n in names).sqrt() for half in halves]
+            found[f"divergence_l2/{layer}"] = torch.stack(norms).mean()
+        found["divergence_l2"] = sum(found[f"divergence_l2/{layer}"] for layer in modules)
         return found
 
     def _hand_out(self, which: str) -> None:
@@ -125,6 +184,8 @@ class NaiveCohort:
             getattr(client, which).load_state_dict(average)
 
     def average(self, which: str = "online") -> dict[str, Tensor]:
+        if self.owed is not None and not any(client.contributed for client in self.clients):
+            return self.owed[which]
         active = [self.clients[c] for c in self.pool]
         total = sum(c.contributed for c in active)
         states = [getattr(c, which).state_dict() for c in active]

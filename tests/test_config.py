@@ -39,6 +39,8 @@ def test_settings_left_out_take_their_defaults(tmp_path: Path) -> None:
         ({"contrast.feature_sharing": False, "contrast.queue": 50}, r"contrast\.queue=50: without feature sharing"),
         ({"contrast.both_views": True, "contrast.symmetric": False}, r"contrast\.both_views=True: only the symmetric"),
         ({"train.warmup": 1.0}, r"train\.warmup=1\.0: input should be less than 1"),
+        ({"sync.own": "ema", "clients.frozen": True}, r"sync\.own=ema: frozen clients are handed no average"),
+        ({"sync.own": "ema", "sync.tau": 1.5}, r"sync\.tau=1\.5: input should be less than or equal to 1"),
         ({"seed": -1}, r"seed=-1: input should be greater"),
     ],
     ids=str,

@@ -63,6 +63,7 @@ CASES = {
         {"clients.rich_share": 0.3, "clients.rich_batch_factor": 3, "contrast.both_views": True},
         {"clients.frozen": True},
         {"sync.average": "median", "clients.pool": 5, "clients.round": 3},
+        {"sync.own": "ema", "clients.pool": 5, "clients.round": 3},
         {"defence.kind": "ressfl", "ressfl.ssim_target": -1, "ressfl.blocks": 1, "ressfl.channels": 8},
     ],
     4: [

@@ -25,6 +25,7 @@ from mocosfl.data.augment import augmented, normalise, on_device, policy_of
 from mocosfl.data.images import ImageSet, upload
 from mocosfl.data.sampler import ClientSampler
 from mocosfl.distributed import World
+from mocosfl.handing import Handing
 from mocosfl.models.side_by_side import SideBySide, Stack
 from mocosfl.privacy.defences import Defence
 from mocosfl.rounding import rounded
@@ -226,6 +227,7 @@ class LocalCohort(_Simulated):
         self.contributed = np.zeros(config.pool, dtype=np.int64)
         self.identical = (
             config.sync.every == 1
+            and config.sync.own == "none"
             and config.sync.average == "fedavg"
             and config.pool == config.clients.number
             and config.model.client_norm == "group"  # BatchNorm would mix the clients' statistics
@@ -239,8 +241,11 @@ class LocalCohort(_Simulated):
         self.velocity = {name: torch.zeros_like(p) for name, p in self.momentum.weights.items()}
         self.optimizer = self._optimizer()
         self._online, self._momentum = compiled(self.online.forward, config), compiled(self.momentum.forward, config)
+        number, self.handing = config.clients.number, None
+        if config.sync.own != "none":
+            self.handing = Handing(config.sync, number, self._averaged(), self.online.weights)
         self.bank = {
-            group: {name: t[:1].repeat(config.clients.number, *[1] * (t.ndim - 1)) for name, t in stack.items()}
+            group: {name: t[:1].detach().repeat(number, *[1] * (t.ndim - 1)) for name, t in stack.items()}
             for group, stack in self._kept().items()
         }
         self._query: Tensor | None = None
@@ -267,7 +272,10 @@ class LocalCohort(_Simulated):
         kept = {}
         if self.config.clients.keep_optimizer:
             kept["velocity"] = self.velocity
-        if not self.config.sync.momentum:
+        own = self.config.sync.own != "none"
+        if own:  # as it was before the last average was handed out
+            kept["online"] = self.online.weights | self.online.statistics
+        if own or not self.config.sync.momentum:
             kept["momentum"] = self.momentum.weights | self.momentum.statistics
         return kept
 
@@ -302,6 +310,8 @@ class LocalCohort(_Simulated):
         if self.config.train.compile != "off":
             torch.compiler.cudagraph_mark_step_begin()  # the last step's tensors may be written over
         config = self.config
+        if self.handing is not None:
+            self.handing.hand_out(self.pool[self.seats])
         seen = self.views.draw(self.pool)
         views = normalise(seen, self.mean, self.std)  # (2, n, C, S, S)
         first, second = (views, views.flip(0)) if config.contrast.both_views else (views[:1], views[1:])
@@ -350,25 +360,45 @@ class LocalCohort(_Simulated):
     def synchronise(self) -> dict[str, Tensor]:
         """Average the online halves, and the momentum halves too if ``sync.momentum``; see ``Cohort.synchronise``.
 
-        Nothing is known of divergence where one half stands for all.
+        Nothing is known of divergence where one half stands for all. Where clients keep some of their own, they are
+        handed the average with their next step, so that those that come from outside the pool are too.
         """
         with record_function("clients: synchronise"):
-            halves = [self.online, self.momentum] if self.config.sync.momentum else [self.online]
-            stacks = [t for half in halves for t in (half.weights | half.statistics).values() if t.is_floating_point()]
-            means = self._means(stacks)
-            apart = {} if self.identical else self._divergence(means)
-            for stack, mean in zip(stacks, means, strict=True):
-                stack.copy_(mean.expand_as(stack))
+            stacks = self._averaged()
+            means = dict(zip(stacks, self._means(list(stacks.values())), strict=True))
+            if self.handing is not None:
+                return self._keep_own(self.handing, means)
+            apart = {} if self.identical else self._divergence(means, in_place=True)
+            for name, stack in stacks.items():
+                stack.copy_(means[name].expand_as(stack))
             self.contributed[:] = 0
         return apart
 
-    def _divergence(self, means: list[Tensor]) -> dict[str, Tensor]:
-        """Of the online weights from their averages, the first of ``means``; leaves the deviations in the weights."""
+    def _averaged(self) -> Stack:
+        """What is averaged: the online halves, and the momentum halves too if ``sync.momentum``."""
+        halves = {"online": self.online} | ({"momentum": self.momentum} if self.config.sync.momentum else {})
+        return {
+            f"{kind}.{name}": stack
+            for kind, half in halves.items()
+            for name, stack in (half.weights | half.statistics).items()
+            if stack.is_floating_point()
+        }
+
+    def _keep_own(self, handing: Handing, means: Stack) -> dict[str, Tensor]:
+        """Note the averages, to be handed out with the next step."""
+        apart = self._divergence(means, in_place=False)
+        part = np.flatnonzero(self.contributed)
+        far = self._everyone(handing.distances(means))[upload(part, self.device)]
+        shares = handing.note(means, self.pool[part], far)
+        self.contributed[:] = 0
+        return apart | {"own_share": shares.mean()}
+
+    def _divergence(self, means: Stack, in_place: bool) -> dict[str, Tensor]:
+        """Of the online weights from their averages; in place, the deviations are left in the weights."""
         weights = self.online.weights
-        of = dict(zip(weights, means, strict=False))
-        for name, stack in weights.items():
-            stack.sub_(of[name])  # in place: the weights are about to be replaced
-        apart = divergence(weights, of)
+        of = {name: means[f"online.{name}"] for name in weights}
+        off = {name: stack.sub_(of[name]) if in_place else stack - of[name] for name, stack in weights.items()}
+        apart = divergence(off, of)
         total = torch.stack([clients.sum() for clients in apart.values()]) / len(self.pool)
         self.world.add([total])
         return dict(zip(apart, total, strict=True))
@@ -395,8 +425,11 @@ class LocalCohort(_Simulated):
     def _average(self, side: SideBySide) -> dict[str, Tensor]:
         half = side.weights | side.statistics
         averaged = [name for name, stack in half.items() if stack.is_floating_point()]
-        means = self._means([half[name] for name in averaged])
         counters = {name: stack[0] for name, stack in half.items()}  # of batches: alike on all clients
+        if self.handing is not None and self.handing.owed and (side is self.online or self.config.sync.momentum):
+            kind = "online" if side is self.online else "momentum"  # the halves are still the clients' own
+            return counters | {name: self.handing.average[f"{kind}.{name}"].clone() for name in averaged}
+        means = self._means([half[name] for name in averaged])
         return counters | dict(zip(averaged, means, strict=True))
 
     @torch.no_grad()
@@ -437,6 +470,7 @@ class LocalCohort(_Simulated):
             for group, stack in self._stacks().items()
         } | {
             "bank": self.bank,
+            "handing": None if self.handing is None else self.handing.state_dict(),
             "pool": torch.from_numpy(self.pool),
             "contributed": torch.from_numpy(self.contributed),
             "drawn": torch.from_numpy(self.sampler.drawn),
@@ -452,6 +486,8 @@ class LocalCohort(_Simulated):
         for group, stack in self.bank.items():
             for name, tensor in stack.items():
                 tensor.copy_(state["bank"][group][name])
+        if self.handing is not None:
+            self.handing.load_state_dict(state["handing"])
         self.pool = state["pool"].numpy().copy()
         self.contributed = state["contributed"].numpy().copy()
         self.sampler.drawn = state["drawn"].numpy().copy()

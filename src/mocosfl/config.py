@@ -228,6 +228,15 @@ class SyncSettings(Settings):
     the smallest and largest."""
     trim: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
     """Share of the clients that trimmed_mean leaves out at either end."""
+    own: Literal["none", "ema", "predictor"] = "none"
+    """What a client keeps of its own when it is handed the average. none: nothing. ema: a share mu that grows with its
+    divergence (FedEMA; Zhuang, Wen, Zhang, 2022). predictor: its predictor while the divergence is above threshold
+    (FedU; Zhuang et al., 2021), where clients hold whole networks."""
+    tau: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """With own=ema: what mu is at a client's first average; from then on it is in proportion to the divergence."""
+    threshold: Annotated[float, Field(gt=0)] = 0.4
+    """With own=predictor: the divergence, mean over the encoder's weight matrices and filters of their L2 distance from
+    the average."""
 
 
 class DefenceSettings(Settings):
@@ -472,6 +481,11 @@ class Config(Settings):
             )
         if clients.frozen and contrast.both_views:
             raise ValueError("contrast.both_views=True: it doubles what clients learn from, and they are frozen")
+        if clients.frozen and self.sync.own != "none":
+            raise ValueError(
+                f"sync.own={self.sync.own}: frozen clients are handed no average; accepted with clients.frozen=True is "
+                "none"
+            )
         self._check_recalling()
         if self.pretrain.spare_client >= clients.number:
             raise ValueError(
