@@ -15,6 +15,7 @@ from mocosfl.data.augment import augment, normalise, policy_of
 from mocosfl.data.images import ImageSet
 from mocosfl.data.sampler import ClientSampler
 from mocosfl_device.augment import AugmentParameters
+from mocosfl_device.randomness import DROP, uniform
 
 
 class Client:
@@ -62,6 +63,7 @@ class NaiveCohort:
         self.config, self.images, self.sampler, self.mean, self.std = config, images, sampler, mean, std
         self.clients = [Client(half, config) for _ in range(config.clients.number)]
         self.pool = np.arange(config.pool)
+        self.step, self.away = 0, set()
         self.owed = None  # the averages that active clients are to be handed, where they keep some of their own
 
     def activate(self, pool: np.ndarray) -> None:
@@ -73,8 +75,16 @@ class NaiveCohort:
     def forward(self) -> Latents:
         self._hand_out_beside_own()
         policy, queries, keys = policy_of(self.config.augment), [], []
-        first = self.sampler.drawn[self.pool]
-        for client in self.pool:
+        self.present = self._present()
+        for client in self.away & set(self.present):
+            if not self.config.clients.keep_optimizer:
+                self.clients[client].forget()
+        self.away = {int(client) for client in self.pool} - set(self.present)
+        for client in self.away:
+            self.clients[client].contributed = 0
+        pool = np.array(self.present)
+        first = self.sampler.drawn[pool]
+        for client in self.present:
             rows, draws = self.sampler.draw(np.array([client]), self._batch(client))
             views = []
             for view in (0, 1):
@@ -86,15 +96,39 @@ class NaiveCohort:
             query, key = self.clients[client].forward(torch.stack(views))
             queries.append(query)
             keys.append(key)
-        sizes = np.array([self._batch(client) for client in self.pool])
-        return Latents(torch.cat(queries, 1), torch.cat(keys, 1), self.pool, sizes, first, (int(sizes.sum()),))
+        sizes = np.array([self._batch(client) for client in self.present])
+        return Latents(torch.cat(queries, 1), torch.cat(keys, 1), pool, sizes, first, (int(sizes.sum()),))
+
+    def _present(self) -> list[int]:
+        """Clients of the pool that have not dropped out since the last average."""
+        config, step = self.config, self.step
+        self.step += 1
+        if not config.clients.drop:
+            return self.pool.tolist()
+        step_images = sum(self._batch(client) for client in self.pool)
+        steps = max(1, round(config.train.epochs * len(self.sampler.partition.rows) / step_images))
+        sampled = config.pool < config.clients.number
+        due = [s for s in range(steps) if (sampled and s % config.clients.round == 0) or s == 0]
+        if config.sync.every:  # steps before which an average is handed out
+            due = [s for s in range(steps) if (s % config.clients.round if sampled else s) % config.sync.every == 0]
+        begin = max(s for s in due if s <= step)
+        length = min([s for s in due if s > step], default=steps) - begin
+        leaves = {}
+        for client in self.pool.tolist():
+            drops = uniform(config.seed, DROP, begin, client, 0) < config.clients.drop
+            leaves[client] = int(uniform(config.seed, DROP, begin, client, 1) * length) if drops else length
+        last = max(leaves.values())
+        stays = min(client for client in leaves if leaves[client] == last)
+        return [client for client in leaves if begin + leaves[client] > step or (last < length and client == stays)]
 
     def _batch(self, client: int) -> int:
         rich = client >= self.config.clients.number - self.config.rich
         return self.config.clients.batch * (self.config.clients.rich_batch_factor if rich else 1)
 
     def backward(self, gradients: Tensor, lr: float) -> dict[str, Tensor]:
-        for client, piece in zip(self.pool, gradients.split([self._batch(c) for c in self.pool], dim=1), strict=True):
+        for client, piece in zip(
+            self.present, gradients.split([self._batch(c) for c in self.present], dim=1), strict=True
+        ):
             self.clients[client].backward(piece, lr)
         return {}
 
@@ -117,7 +151,7 @@ class NaiveCohort:
         for client in self.pool:
             client = self.clients[client]
             if client.contributed:
-                if client.scale is None:
+                if client.scale is None and self._distance(client):  # a client alone has nothing to measure by
                     client.scale = self.config.sync.tau / self._distance(client)
                 shares.append(self._share(client))
             client.contributed = 0
@@ -156,7 +190,7 @@ class NaiveCohort:
     def _divergence(self) -> dict[str, Tensor]:
         """Mean over the clients of ‖w_c − w̄‖ / ‖w̄‖, of the half and of every block."""
         average = self.average()
-        halves = [dict(self.clients[client].online.named_parameters()) for client in self.pool]
+        halves = [dict(self.clients[client].online.named_parameters()) for client in self.present]
         found = {}
         for block in ["", *dict.fromkeys(name.partition(".")[0] for name in halves[0])]:
             names = [name for name in halves[0] if block in ("", name.partition(".")[0])]

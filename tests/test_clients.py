@@ -124,6 +124,55 @@ def test_equals_a_loop_where_clients_keep_some_of_their_own(changes: dict, momen
     compare(settings(**{"sync.own": "ema", "sync.momentum": momentum} | changes), steps=11)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"clients.keep_optimizer": True, "sync.momentum": False},
+        {"clients.pool": 4, "clients.round": 4, "sync.every": 3},
+        {"clients.pool": 4, "clients.round": 4, "sync.every": 0, "sync.own": "ema"},
+        {"model.client_norm": "batch", "contrast.both_views": True, "sync.average": "median"},
+        {"clients.rich_share": 0.34, "clients.rich_batch_factor": 3, "sync.own": "ema", "clients.drop": 0.9},
+        {"sync.every": 1, "clients.drop": 0.95, "clients.batch": 1},
+    ],
+    ids=str,
+)
+def test_equals_a_loop_where_clients_drop_out(changes: dict) -> None:
+    config = settings(**{"clients.drop": 0.6} | changes)
+    assert missing(config, 11)
+    compare(config, steps=11)
+
+
+def test_frozen_clients_drop_out_as_others_do() -> None:
+    config = settings(**{"clients.drop": 0.7, "clients.pool": 4, "clients.round": 2})
+    local, still = cohorts(config)[0], frozen(config)
+    sizes = []
+    for step in range(6):
+        if step % 2 == 0:
+            for cohort in (local, still):
+                cohort.activate(pool_of_round(3, step // 2, 6, 4))
+        ours, theirs = local.forward(), still.forward()
+        torch.testing.assert_close(ours.query, theirs.query, atol=2e-5, rtol=1e-4)  # nobody has learned anything yet
+        for name in ("clients", "sizes", "first", "shares"):
+            assert np.array_equal(getattr(ours, name), getattr(theirs, name))
+        sizes.append(len(ours.clients))
+    assert min(sizes) < 4
+    again = frozen(config)
+    again.load_state_dict(copy.deepcopy(still.state_dict()))
+    assert np.array_equal(again.forward().clients, still.forward().clients)
+
+
+def missing(config: Config, steps: int) -> list[int]:
+    """Steps in which somebody is away."""
+    local, _ = cohorts(config)
+    found = []
+    for step in range(steps):
+        local.forward()
+        if not local.present.all():
+            found.append(step)
+    return found
+
+
 class WithPredictor(torch.nn.Module):
     """A client's network whose predictor is a part of its own."""
 
@@ -326,10 +375,10 @@ def test_backward_needs_a_forward() -> None:
         local.backward(torch.zeros_like(latents.query), 0.1)
 
 
-@pytest.mark.parametrize("own", ["none", "ema"])
+@pytest.mark.parametrize(("own", "drop"), [("none", 0), ("ema", 0), ("ema", 0.6)])
 @pytest.mark.parametrize("steps", [5, 6])  # in the middle of a round, and right after an average
-def test_state_survives_saving(own: str, steps: int) -> None:
-    kept = {"clients.keep_optimizer": True, "sync.momentum": False, "sync.own": own}
+def test_state_survives_saving(own: str, drop: float, steps: int) -> None:
+    kept = {"clients.keep_optimizer": True, "sync.momentum": False, "sync.own": own, "clients.drop": drop}
     config = settings(**{"clients.pool": 3, "clients.round": 2} | kept)
     first, _ = cohorts(config)
     second, _ = cohorts(config)

@@ -63,12 +63,14 @@ CASES = {
         {"clients.rich_share": 0.3, "clients.rich_batch_factor": 3, "contrast.both_views": True},
         {"clients.frozen": True},
         {"sync.average": "median", "clients.pool": 5, "clients.round": 3},
-        {"sync.own": "ema", "clients.pool": 5, "clients.round": 3},
+        {"sync.own": "ema", "clients.pool": 5, "clients.round": 3, "clients.drop": 0.5},
+        {"clients.drop": 0.9, "clients.rich_share": 0.3, "clients.rich_batch_factor": 3, "sync.every": 3},
         {"defence.kind": "ressfl", "ressfl.ssim_target": -1, "ressfl.blocks": 1, "ressfl.channels": 8},
     ],
     4: [
         {"clients.pool": 5, "clients.round": 3},
         {"sync.every": 1, "model.cut": 3},
+        {"clients.drop": 0.9, "contrast.feature_sharing": False, "sync.every": 3},
     ],
 }
 

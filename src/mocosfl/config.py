@@ -189,6 +189,8 @@ class ClientSettings(Settings):
     """N: clients, all with images of their own."""
     pool: Count | None = None
     """Clients active in a round, drawn at random for each round. Unset: all."""
+    pool_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Instead of pool: the share of the clients that is active in a round."""
     round: Count | None = None
     """Steps of a round. Unset: as many as a pass over the average client's images takes."""
     batch: Count = 1
@@ -197,6 +199,11 @@ class ClientSettings(Settings):
     """Share of the clients that are rich: the last ones by number, in the same share in every pool."""
     rich_batch_factor: Count = 1
     """So many times the batch of the others is that of a rich client."""
+    rich_data_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the images that rich clients hold together. Unset: the partition does not tell rich from poor."""
+    drop: Share = 0
+    """Probability that an active client drops out between two averages, before a random step: it sends nothing more,
+    has no part in the average, and is back when that is handed out."""
     lr: Annotated[float, Field(gt=0)] | None = None
     """Learning rate of the client halves. Unset: the server's."""
     lr_scale: Literal["batch_mean", "per_client_mean"] = "batch_mean"
@@ -460,6 +467,11 @@ class Config(Settings):
         clients, contrast, model = self.clients, self.contrast, self.model
         if clients.pool is not None and clients.pool > clients.number:
             raise ValueError(f"clients.pool={clients.pool}: there are {clients.number} clients (clients.number)")
+        if clients.pool is not None and clients.pool_share is not None:
+            raise ValueError(
+                f"clients.pool_share={clients.pool_share:g}: clients.pool={clients.pool} is set too; accepted is one "
+                "of the two, the other null"
+            )
         if model.client_norm == "batch" and clients.batch == 1 and not clients.frozen:
             raise ValueError(
                 "model.client_norm=batch: BatchNorm has nothing to average over at clients.batch=1; "
@@ -473,6 +485,16 @@ class Config(Settings):
         if clients.rich_batch_factor > 1 and clients.rich_share == 0:
             raise ValueError(
                 f"clients.rich_batch_factor={clients.rich_batch_factor}: no client is rich; set clients.rich_share too"
+            )
+        if clients.rich_data_share is not None and clients.rich_share == 0:
+            raise ValueError(
+                f"clients.rich_data_share={clients.rich_data_share:g}: no client is rich; set clients.rich_share too"
+            )
+        if clients.drop and self.recalls:
+            name = f"cache.views={self.cache.views}" if self.cache.views else "traffic.loss_threshold"
+            raise ValueError(
+                f"clients.drop={clients.drop:g}: {name} keeps the latents of all clients, step by step; accepted with "
+                "it is 0"
             )
         if clients.frozen and self.defence.kind in ("nopeek", "ressfl"):
             raise ValueError(
@@ -533,6 +555,8 @@ class Config(Settings):
     @property
     def pool(self) -> int:
         """Clients active in a round."""
+        if self.clients.pool_share is not None:
+            return max(1, round(self.clients.pool_share * self.clients.number))
         return self.clients.pool or self.clients.number
 
     @property

@@ -110,7 +110,7 @@ class Server:
         with record_function("server: queue"):
             k = world.gather(k, latents.shares, dim=1)
             if rings is not None:
-                rings = world.gather(rings, [n // int(latents.sizes[0]) for n in latents.shares])
+                rings = world.gather(rings, [n // self.config.clients.batch for n in latents.shares])
             pieces = 1 if rings is None else len(rings)
             self.queue.push(k.unflatten(1, (pieces, -1)).transpose(0, 1).flatten(1, 2), rings)
 
