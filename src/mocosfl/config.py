@@ -85,6 +85,18 @@ class PartitionSettings(Settings):
     """Classes that one client holds, with kind classes."""
     alpha: Annotated[float, Field(gt=0)] = 0.5
     """Concentration of kind dirichlet: the smaller, the more one-sided the clients."""
+    quantity_skew: Annotated[float, Field(gt=0)] | None = None
+    """Concentration of the symmetric Dirichlet distribution that the clients' shares of all images are drawn from: the
+    smaller, the more unequal their numbers (quantity skew; Li et al., 2022). With iid and dirichlet. Unset: none."""
+
+    @model_validator(mode="after")
+    def _volumes_agree(self) -> Self:
+        if self.quantity_skew is not None and self.kind == "classes":
+            raise ValueError(
+                f"partition.quantity_skew={self.quantity_skew:g}: partition.kind=classes gives all clients equal "
+                "volume; accepted with it are iid and dirichlet"
+            )
+        return self
 
 
 class AugmentSettings(Settings):
