@@ -47,8 +47,8 @@ class DataSettings(Settings):
     group = "data"
 
     source: str = "digits"
-    """digits, cifar10, cifar100, svhn, stl10, tiny-imagenet, any Hugging Face hub id, a parquet file or folder,
-    or a folder of images (class sub-folders, or flat and unlabelled)."""
+    """digits, cifar10, cifar100, svhn, stl10, tiny-imagenet, imagenet12, any Hugging Face hub id, a parquet file or
+    folder, or a folder of images (class sub-folders, or flat and unlabelled)."""
     size: Annotated[int, Field(ge=4, le=512)] | None = None
     """Height and width in pixels. Unset: the size of the first image, at most 224. Others are resized and cropped."""
     channels: Literal[1, 3] = 3
@@ -59,6 +59,12 @@ class DataSettings(Settings):
     """Name of the training split, in hub ids and local folders."""
     test_split: str | None = None
     """Name of the test split. Unset: test, validation, valid or val, whichever exists first."""
+    label_split: str | None = None
+    """Split whose labelled images evaluation compares with, where the training split has no labels: train, with
+    train_split=unlabeled of stl10. Unset: the training split."""
+    classes: tuple[str, ...] | None = None
+    """Use the images of these classes alone, by name; the first of several names is enough. imagenet12 stands for its
+    twelve (docs/data.md). Unset: all."""
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the images set aside as test set, class by class, where the source has no test split."""
     held_out: Share = 0.05

@@ -43,7 +43,7 @@ class Federation:
     @property
     def scored(self) -> Splits:
         """The images that the trained encoder is evaluated on."""
-        return self.splits
+        return self.splits.scored
 
     @property
     def counts(self) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
