@@ -48,8 +48,8 @@ class DataSettings(Settings):
     group = "data"
 
     source: str = "digits"
-    """digits, cifar10, cifar100, svhn, stl10, tiny-imagenet, any Hugging Face hub id, a parquet file or folder,
-    or a folder of images (class sub-folders, or flat and unlabelled)."""
+    """digits, cifar10, cifar100, svhn, stl10, tiny-imagenet, imagenet12, any Hugging Face hub id, a parquet file or
+    folder, or a folder of images (class sub-folders, or flat and unlabelled)."""
     size: Annotated[int, Field(ge=4, le=512)] | None = None
     """Height and width in pixels. Unset: the size of the first image, at most 224. Others are resized and cropped."""
     channels: Literal[1, 3] = 3
@@ -60,6 +60,12 @@ class DataSettings(Settings):
     """Name of the training split, in hub ids and local folders."""
     test_split: str | None = None
     """Name of the test split. Unset: test, validation, valid or val, whichever exists first."""
+    label_split: str | None = None
+    """Split whose labelled images evaluation compares with, where the training split has no labels: train, with
+    train_split=unlabeled of stl10. Unset: the training split."""
+    classes: tuple[str, ...] | None = None
+    """Use the images of these classes alone, by name; the first of several names is enough. imagenet12 stands for its
+    twelve (docs/data.md). Unset: all."""
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the images set aside as test set, class by class, where the source has no test split."""
     held_out: Share = 0.05
@@ -86,6 +92,18 @@ class PartitionSettings(Settings):
     """Classes that one client holds, with kind classes."""
     alpha: Annotated[float, Field(gt=0)] = 0.5
     """Concentration of kind dirichlet: the smaller, the more one-sided the clients."""
+    quantity_skew: Annotated[float, Field(gt=0)] | None = None
+    """Concentration of the symmetric Dirichlet distribution that the clients' shares of all images are drawn from: the
+    smaller, the more unequal their numbers (quantity skew; Li et al., 2022). With iid and dirichlet. Unset: none."""
+
+    @model_validator(mode="after")
+    def _volumes_agree(self) -> Self:
+        if self.quantity_skew is not None and self.kind == "classes":
+            raise ValueError(
+                f"partition.quantity_skew={self.quantity_skew:g}: partition.kind=classes gives all clients equal "
+                "volume; accepted with it are iid and dirichlet"
+            )
+        return self
 
 
 class AugmentSettings(Settings):
@@ -214,6 +232,8 @@ class ClientSettings(Settings):
     """N: clients, all with images of their own."""
     pool: Count | None = None
     """Clients active in a round, drawn at random for each round. Unset: all."""
+    pool_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Instead of pool: the share of the clients that is active in a round."""
     round: Count | None = None
     """Steps of a round. Unset: as many as a pass over the average client's images takes."""
     batch: Count = 1
@@ -222,6 +242,11 @@ class ClientSettings(Settings):
     """Share of the clients that are rich: the last ones by number, in the same share in every pool."""
     rich_batch_factor: Count = 1
     """So many times the batch of the others is that of a rich client."""
+    rich_data_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the images that rich clients hold together. Unset: the partition does not tell rich from poor."""
+    drop: Share = 0
+    """Probability that an active client drops out between two averages, before a random step: it sends nothing more,
+    has no part in the average, and is back when that is handed out."""
     lr: Annotated[float, Field(gt=0)] | None = None
     """Learning rate of the client halves. Unset: the server's."""
     lr_scale: Literal["batch_mean", "per_client_mean"] = "batch_mean"
@@ -253,6 +278,15 @@ class SyncSettings(Settings):
     the smallest and largest."""
     trim: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
     """Share of the clients that trimmed_mean leaves out at either end."""
+    own: Literal["none", "ema", "predictor"] = "none"
+    """What a client keeps of its own when it is handed the average. none: nothing. ema: a share mu that grows with its
+    divergence (FedEMA; Zhuang, Wen, Zhang, 2022). predictor: its predictor while the divergence is above threshold
+    (FedU; Zhuang et al., 2021), where clients hold whole networks."""
+    tau: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """With own=ema: what mu is at a client's first average; from then on it is in proportion to the divergence."""
+    threshold: Annotated[float, Field(gt=0)] = 0.4
+    """With own=predictor: the divergence, mean over the encoder's weight matrices and filters of their L2 distance from
+    the average."""
 
 
 class DefenceSettings(Settings):
@@ -479,6 +513,11 @@ class Config(Settings):
         clients, contrast, model = self.clients, self.contrast, self.model
         if clients.pool is not None and clients.pool > clients.number:
             raise ValueError(f"clients.pool={clients.pool}: there are {clients.number} clients (clients.number)")
+        if clients.pool is not None and clients.pool_share is not None:
+            raise ValueError(
+                f"clients.pool_share={clients.pool_share:g}: clients.pool={clients.pool} is set too; accepted is one "
+                "of the two, the other null"
+            )
         if model.client_norm == "batch" and clients.batch == 1 and not clients.frozen:
             raise ValueError(
                 "model.client_norm=batch: BatchNorm has nothing to average over at clients.batch=1; "
@@ -493,6 +532,16 @@ class Config(Settings):
             raise ValueError(
                 f"clients.rich_batch_factor={clients.rich_batch_factor}: no client is rich; set clients.rich_share too"
             )
+        if clients.rich_data_share is not None and clients.rich_share == 0:
+            raise ValueError(
+                f"clients.rich_data_share={clients.rich_data_share:g}: no client is rich; set clients.rich_share too"
+            )
+        if clients.drop and self.recalls:
+            name = f"cache.views={self.cache.views}" if self.cache.views else "traffic.loss_threshold"
+            raise ValueError(
+                f"clients.drop={clients.drop:g}: {name} keeps the latents of all clients, step by step; accepted with "
+                "it is 0"
+            )
         if clients.frozen and self.defence.kind in ("nopeek", "ressfl"):
             raise ValueError(
                 f"defence.kind={self.defence.kind}: a loss changes nothing where clients.frozen=True; accepted with it "
@@ -500,6 +549,11 @@ class Config(Settings):
             )
         if clients.frozen and contrast.both_views:
             raise ValueError("contrast.both_views=True: it doubles what clients learn from, and they are frozen")
+        if clients.frozen and self.sync.own != "none":
+            raise ValueError(
+                f"sync.own={self.sync.own}: frozen clients are handed no average; accepted with clients.frozen=True is "
+                "none"
+            )
         self._check_recalling()
         self._check_batches()
         if clients.holds == "network":
@@ -596,6 +650,8 @@ class Config(Settings):
     @property
     def pool(self) -> int:
         """Clients active in a round."""
+        if self.clients.pool_share is not None:
+            return max(1, round(self.clients.pool_share * self.clients.number))
         return self.clients.pool or self.clients.number
 
     @property

@@ -258,6 +258,11 @@ def build(
             f"clients.pool={config.pool}: each of the run's {world.size} processes needs an active client; "
             "start fewer processes"
         )
+    if world.size > 1 and config.clients.drop and not config.contrast.feature_sharing:
+        raise SettingError(
+            f"clients.drop={config.clients.drop:g}: with queues of the clients' own (contrast.feature_sharing=False) "
+            f"it needs one process, as all clients of one may be away; torchrun has started {world.size}"
+        )
     if config.train.compile != "off":
         torch.compiler.reset()  # or the shapes of earlier runs count against its limit of recompilations
     images = federation.splits.train.to(device)
@@ -501,7 +506,7 @@ def evaluate(path: str | Path, console: Console | None = None, device: str = "au
         if own is None:
             raise RunError(f"{path} was served without evaluate_on: there are no images here to evaluate on")
         data = data.model_copy(update={"source": own})
-    splits = load(data, run.config.seed, say)
+    splits = load(data, run.config.seed, say).scored
     metrics = final_figures(run.config, splits, encoder.to(chosen), say, World())
     if metrics:
         run.write_json("evaluation.json", metrics)

@@ -116,8 +116,10 @@ class Server:
 
         with record_function("server: loss"):
             full = torch.promote_types(q.dtype, torch.float32)
-            n = query.shape[1]
-            q, k = (x.to(full).unflatten(0, (len(x) // n, n)) for x in (q, k))  # (W, n, D)
+            ways = (len(into_online), len(into_momentum))
+            q, k = (
+                x.to(full).unflatten(0, (w, query.shape[1])) for x, w in zip((q, k), ways, strict=True)
+            )  # (W, n, D)
             q, k = self._of_everybody(q, latents.shares), world.gather(k, latents.shares, dim=1)  # (W, N, D)
             rings, clients = self._whose(latents)
             losses, hits, directions = self._losses(q, k, self._negatives(rings), clients)
@@ -179,7 +181,7 @@ class Server:
         of_images = self.world.gather(upload(np.repeat(clients, sizes), self.device), shares)
         if not self.objective.queue:
             return None, of_images
-        rings = self.world.gather(upload(clients, self.device), [n // int(sizes[0]) for n in shares])
+        rings = self.world.gather(upload(clients, self.device), [n // self.config.clients.batch for n in shares])
         return rings, of_images
 
     def _negatives(self, rings: Tensor | None) -> Tensor | None:

@@ -257,6 +257,16 @@ def check_remote(command: str, config: Config, resume: bool) -> None:
             f"defence.kind={config.defence.kind}: its loss needs all clients' latents beside their images, and is only "
             "simulated; accepted over the network are none, noise and dropout"
         )
+    if config.clients.drop:
+        raise SettingError(
+            f"clients.drop={config.clients.drop:g}: clients elsewhere drop out by themselves; accepted over the "
+            "network is 0"
+        )
+    if config.sync.own != "none":
+        raise SettingError(
+            f"sync.own={config.sync.own}: clients elsewhere take the average as it is, and what they keep of their own "
+            "is only simulated; accepted over the network is none"
+        )
 
 
 def own_images(config: Config, evaluate_on: str | None, say: Callable[[str], None]) -> Splits:
