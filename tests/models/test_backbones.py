@@ -1,23 +1,32 @@
 """Every backbone, cut at every place, is the same network."""
 
+import io
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from rich.console import Console
+from tests.tiny import digits
 from torch import Tensor, nn
 
 from mocosfl.cli import main
 from mocosfl.config import ModelSettings
 from mocosfl.errors import SettingError
-from mocosfl.footprint.backbones import cuts_of
+from mocosfl.exporting.to_onnx import to_onnx
+from mocosfl.footprint.backbones import all_cuts, cuts_of
+from mocosfl.latent_cache import RecallingCohort, augmented_latents
 from mocosfl.models import build
 from mocosfl.models.description import describe
 from mocosfl.models.layers import GroupNorm, WSConv2d, seeded, with_plain_filters
 from mocosfl.models.mobilenet import InvertedResidual
 from mocosfl.models.side_by_side import SideBySide
 from mocosfl.models.split import SplitModel, backbone_of, split
+from mocosfl.privacy.decoder import Decoder
+from mocosfl.reporting.backbones import overview, table
 from mocosfl_device.randomness import stream
 
 PUBLISHED = {  # at 224 pixels, less the classifier's 1,000 * (features + 1)
@@ -230,6 +239,21 @@ def test_clients_without_pytorch_say_what_they_cannot_compute(name: str, words: 
         describe(build(ModelSettings(backbone=name, width=8), 3, 32, 0).client)
 
 
+def test_the_page_shows_what_the_command_prints() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"^\$ (mocosfl models.*)\n((?:(?!```).*\n)+)", text, re.MULTILINE))
+    tables = {
+        "mocosfl models": overview(all_cuts(ModelSettings(), 3, 32)),
+        "mocosfl models resnet18 --bottleneck C4S2": table(cuts_of(ModelSettings(bottleneck="C4S2"), 3, 32)),
+    }
+    assert shown.keys() == tables.keys()
+    for command, made in tables.items():
+        console = Console(width=120, file=io.StringIO())
+        console.print(made)
+        lines = [line.rstrip() for line in console.file.getvalue().strip("\n").splitlines()]
+        assert [line for line in lines if line] == [line for line in shown[command].splitlines() if line]
+
+
 def test_models_prints_and_writes_what_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "figures" / "vgg.json"
     assert main(["models", "vgg11", "--width", "8", "--bottleneck", "C4S2", "--json", str(out)]) == 0
@@ -249,3 +273,34 @@ def test_models_prints_and_writes_what_is_counted(tmp_path: Path, capsys: pytest
     assert main(["models", "resnet"]) == 1
     assert main(["models", "--stem", "64"]) == 1
     assert "expected resnet18" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "cut"), [("vgg11", 1), ("mobilenetv2", 3), ("vit_tiny", 2)])
+def test_client_halves_become_onnx(name: str, cut: int) -> None:
+    model = build(ModelSettings(backbone=name, width=8, cut=cut), 3, 32, 0)
+    file, difference = to_onnx(with_plain_filters(model.client), (3, 32, 32), "latents")
+    assert len(file) > 1000
+    assert difference < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(17, 6), (18, 6), (16, 6), (9,)], ids=str)
+def test_latents_of_other_shapes_can_be_attacked_and_kept(shape: tuple[int, ...]) -> None:
+    decoder = Decoder(shape, (1, 8, 8), 1, 4, 0).eval()
+    latents = torch.randn(3, *shape)
+    assert decoder(latents).shape == (3, 1, 8, 8)
+    if shape == (18, 6):  # the two tokens before the patches say nothing of a place
+        other = latents.clone()
+        other[:, :2] += 1
+        assert torch.equal(decoder(other), decoder(latents))
+        swapped = latents[:, [0, 1, 6, *range(3, 6), 2, *range(7, 18)]]  # the first patches of two rows
+        assert not torch.allclose(decoder(swapped), decoder(latents))
+
+    pair = torch.ones(2, 3, *shape)
+    pair[:, 1] *= 10
+    ids = np.arange(3)
+    noise = augmented_latents(pair, CacheSettings(noise=0.1), 0, ids, ids, 0) - pair
+    sizes = noise.flatten(2).square().mean(dim=2).sqrt()
+    assert ((sizes / torch.tensor([0.1, 1.0, 0.1]) - 1).abs() < 0.9).all()  # of each latent's own size
+    frozen = digits(**{"clients.frozen": True, "cache.views": 2, "cache.flip": 0.5, "train.epochs": 2})
+    with pytest.raises(SettingError, match=r"cache.flip=0.5: latents of .* have no pixels to move"):
+        RecallingCohort(None, frozen, np.full(3, 4), shape, torch.device("cpu"))
