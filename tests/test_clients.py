@@ -99,6 +99,8 @@ def test_equals_a_loop_with_sampled_pools(average_momentum: bool, keep_optimizer
         {"model.bottleneck": "C4S2", "model.cut": 3},
         {"model.client_norm": "batch", "clients.batch": 3},
         {"sync.every": 0},
+        {"model.backbone": "mobilenetv2", "model.cut": 3},
+        {"model.backbone": "vit_tiny", "model.cut": 2, "contrast.both_views": True},
         {"sync.average": "median"},
         {"sync.average": "trimmed_mean", "sync.trim": 0.2, "sync.momentum": False, "sync.every": 1},
         {"sync.every": 1, "contrast.momentum": 0.5, "train.momentum": 0.0, "train.weight_decay": 0.1},
