@@ -163,6 +163,13 @@ def _views_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
         {"sync.every": 2},
         {"sync.every": 3, "clients.pool": 2, "clients.round": 4, "clients.batch": 2},
         {"sync.every": 4, "contrast.feature_sharing": False, "clients.pool": 3},
+        {
+            "sync.every": 3,
+            "contrast.feature_sharing": False,
+            "clients.pool": 3,
+            "clients.round": 6,
+            "clients.drop": 0.7,
+        },
     ],
     ids=str,
 )
