@@ -14,6 +14,7 @@ from mocosfl.config import Config
 from mocosfl.data.augment import augment, normalise, policy_of
 from mocosfl.data.images import ImageSet
 from mocosfl.data.sampler import ClientSampler
+from mocosfl.models.heads import WholeNetwork
 from mocosfl_device.augment import AugmentParameters
 from mocosfl_device.randomness import DROP, uniform
 
@@ -24,7 +25,8 @@ class Client:
     def __init__(self, half: nn.Module, config: Config) -> None:
         self.config = config
         self.online = copy.deepcopy(half)
-        self.momentum = copy.deepcopy(half).requires_grad_(False)
+        target = half.target if isinstance(half, WholeNetwork) else half
+        self.momentum = copy.deepcopy(target).requires_grad_(False)
         self.contributed = 0
         self.scale = None  # of FedEMA, or whether the client had a part in an average at all
         self.forget()
@@ -40,7 +42,9 @@ class Client:
         both = self.config.contrast.both_views
         tau = self.config.contrast.momentum
         self.query = self.online(views.flatten(0, 1) if both else views[0])
-        for m, o in zip(self.momentum.parameters(), self.online.parameters(), strict=True):
+        online = dict(self.online.named_parameters())
+        for name, m in self.momentum.named_parameters():
+            o = online[name]
             m.mul_(tau).add_(o.detach(), alpha=1 - tau)
         key = self.momentum(views.flip(0).flatten(0, 1) if both else views[1])
         self.contributed += views.shape[1]

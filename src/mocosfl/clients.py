@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,12 +20,13 @@ from torch.profiler import record_function
 
 from mocosfl.compute import autocast, compiled, fusible
 from mocosfl.config import Config
-from mocosfl.contrast import update_momentum
+from mocosfl.contrast import objective_of, update_momentum
 from mocosfl.data.augment import augmented, normalise, on_device, policy_of
 from mocosfl.data.images import ImageSet, upload
 from mocosfl.data.sampler import ClientSampler
 from mocosfl.distributed import World
 from mocosfl.handing import Handing
+from mocosfl.models.heads import WholeNetwork
 from mocosfl.models.side_by_side import SideBySide, Stack
 from mocosfl.privacy.defences import Defence
 from mocosfl.rounding import rounded
@@ -57,6 +58,21 @@ class Latents:
     first: NDArray[np.int64]
     shares: tuple[int, ...]
     learning: bool = True
+
+    def one_by_one(self) -> Iterator[Latents]:
+        """Those of each client alone, in order; of one process."""
+        stops = self.sizes.cumsum()
+        for place, (size, stop) in enumerate(zip(self.sizes.tolist(), stops.tolist(), strict=True)):
+            piece, one = slice(stop - size, stop), slice(place, place + 1)
+            yield Latents(
+                self.query[:, piece].clone(),
+                self.key[:, piece],
+                self.clients[one],
+                self.sizes[one],
+                self.first[one],
+                (size,),
+                self.learning,
+            )
 
 
 class Stopped(Exception):
@@ -256,14 +272,17 @@ class LocalCohort(_Simulated):
             and config.sync.average == "fedavg"
             and config.pool == config.clients.number
             and config.model.client_norm == "group"  # BatchNorm would mix the clients' statistics
+            and config.clients.holds == "half"  # and so would the losses of whole networks
             and self.sizes.min() == self.sizes.max()
         )
         self.seats = self.views.seats  # of the pool, those computed by this process
         self.seats_of = self.world.lengths(config.pool)
         seats = [self.shares[self.world.rank]] if self.identical else self.sizes[self.seats].tolist()
         self.online = SideBySide(half, seats, device)
-        self.momentum = SideBySide(half, seats, device, learns=False)
-        self.velocity = {name: torch.zeros_like(p) for name, p in self.momentum.weights.items()}
+        target = half.target if isinstance(half, WholeNetwork) else half
+        self.momentum = SideBySide(target, seats, device, learns=False)
+        self.takes_keys = objective_of(config.contrast).keys
+        self.velocity = {name: torch.zeros_like(p.detach()) for name, p in self.online.weights.items()}
         self.optimizer = self._optimizer()
         self._online, self._momentum = compiled(self.online.forward, config), compiled(self.momentum.forward, config)
         number, self.handing = config.clients.number, None
@@ -345,9 +364,13 @@ class LocalCohort(_Simulated):
         local = [*running, *_numbers(self.momentum).values()]
         with record_function("clients: forward"), autocast(self.device, config), untouched(local, self._empty_seats()):
             query = self._online(first)
-            update_momentum(self.momentum.weights.values(), self.online.weights.values(), config.contrast.momentum)
-            with torch.no_grad():
-                key = self._momentum(second)
+            if self.takes_keys:
+                online = [self.online.weights[name] for name in self.momentum.weights]
+                update_momentum(self.momentum.weights.values(), online, config.contrast.momentum)
+                with torch.no_grad():
+                    key = self._momentum(second)
+            else:  # nobody looks at them
+                key = query.detach()
         if rows is not None:
             query, key, seen = (t.index_select(1, rows) for t in (query, key, seen))
         query, key = self._sent(query, key)

@@ -6,6 +6,7 @@ unless the sentence beside a setting says otherwise.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -171,14 +172,20 @@ class ModelSettings(Settings):
 
 
 class ContrastSettings(Settings):
-    """The contrast on the server (MoCo)."""
+    """What the server makes of the latents of one step (published: MoCo)."""
 
     group = "contrast"
 
+    objective: str = "moco"
+    """moco: InfoNCE against a queue of keys (v1 and v2 differ in model.head and augment.policy). mocov3: against the
+    other keys of the batch, behind a predictor. simclr: NT-Xent over both views of the batch, no momentum copy. byol:
+    the distance of prediction and key, no negatives. FILE.py:NAME: a class of your own (docs/objectives.md)."""
     queue: Count = 6000
-    """K: keys in the server's queue."""
+    """K: keys in the server's queue, with objective moco."""
     temperature: Annotated[float, Field(gt=0)] = 0.1
-    """T of the InfoNCE loss."""
+    """T of the loss; byol has none."""
+    predictor: Count = 1024
+    """Hidden width of the predictor, with objectives mocov3 and byol: linear, BatchNorm, ReLU, linear."""
     momentum: Annotated[float, Field(ge=0, le=1)] = 0.99
     """tau: the momentum copies keep this share of themselves each step."""
     symmetric: bool = True
@@ -187,13 +194,27 @@ class ContrastSettings(Settings):
     """Let both views train the client half. Doubles what a client computes and sends; needs symmetric. Measured: no
     gain (docs/experiments.md)."""
     feature_sharing: bool = True
-    """One queue for all clients. Off: every client's keys are its own only negatives, K / N keys each."""
+    """One queue for all clients, and negatives from all of them. Off: every client's keys are its own only negatives;
+    with a queue, K / N keys each."""
+    concatenate: bool = True
+    """One step on the concatenated latents of all clients (vector concatenation). Off: the server takes a step for each
+    client, one after another, as in split learning without it."""
 
     @model_validator(mode="after")
-    def _both_views_needs_symmetric(self) -> Self:
+    def _objective_fits(self) -> Self:
+        if self.objective not in OBJECTIVES and not re.fullmatch(r".+\.py:\w+", self.objective):
+            raise ValueError(
+                f"contrast.objective={self.objective}: expected {', '.join(OBJECTIVES)} or FILE.py:NAME of a class of "
+                "your own"
+            )
         if self.both_views and not self.symmetric:
             raise ValueError(
                 "contrast.both_views=True: only the symmetric loss uses both views; set contrast.symmetric=True too"
+            )
+        if self.objective == "simclr" and not self.both_views:
+            raise ValueError(
+                "contrast.objective=simclr: both views train the clients; set contrast.symmetric=True and "
+                "contrast.both_views=True too"
             )
         return self
 
@@ -202,6 +223,10 @@ class ClientSettings(Settings):
     """The simulated clients."""
 
     group = "clients"
+
+    holds: Literal["half", "network"] = "half"
+    """half: the client half; the server has the rest. network: backbone, head and predictor, and the loss over the
+    client's own images: federated learning without a server half, for the baselines (docs/baselines.md)."""
 
     number: Count = 100
     """N: clients, all with images of their own."""
@@ -280,6 +305,9 @@ class DefenceSettings(Settings):
     nopeek: Annotated[float, Field(gt=0)] = 1.0
     """Weight of the distance correlation in the clients' loss."""
 
+
+OBJECTIVES = ("moco", "mocov3", "simclr", "byol")
+"""Objectives by name (``mocosfl.contrast.objectives``)."""
 
 CodecName = Literal["fp32", "bf16", "int8", "int4", "topk"]
 
@@ -527,21 +555,77 @@ class Config(Settings):
                 "none"
             )
         self._check_recalling()
+        self._check_batches()
+        if clients.holds == "network":
+            self._check_whole()
         if self.pretrain.spare_client >= clients.number:
             raise ValueError(
                 f"pretrain.spare_client={self.pretrain.spare_client}: the clients are 0 to {clients.number - 1}"
             )
-        if not contrast.feature_sharing and clients.rich_batch_factor > 1:
+        own_queues = contrast.objective == "moco" and not contrast.feature_sharing
+        if own_queues and clients.rich_batch_factor > 1:
             raise ValueError(
                 f"clients.rich_batch_factor={clients.rich_batch_factor}: needs contrast.feature_sharing=True, because "
                 "the clients' own queues take in equally many keys"
             )
-        if not contrast.feature_sharing and contrast.queue < clients.number:
+        if own_queues and contrast.queue < clients.number:
             raise ValueError(
                 f"contrast.queue={contrast.queue}: without feature sharing each of the {clients.number} clients "
                 "needs at least one key of its own"
             )
         return self
+
+    def _check_batches(self) -> None:
+        """Negatives, and BatchNorm, need more than one image."""
+        clients, contrast = self.clients, self.contrast
+        alone = not contrast.feature_sharing or not contrast.concatenate  # a client's images are a batch of their own
+        least = clients.batch if alone else self.step_images
+        if contrast.objective in ("mocov3", "simclr", "byol") and least < 2:
+            which = "clients.batch" if alone else "clients.batch times the active clients"
+            raise ValueError(
+                f"contrast.objective={contrast.objective}: it compares the images of a batch; {which} must be at "
+                "least 2"
+            )
+        batched = contrast.objective in ("mocov3", "simclr", "byol") or self.model.head == "large"
+        if clients.drop and batched and clients.batch < 2:
+            raise ValueError(
+                f"clients.drop={clients.drop:g}: one client may be all that is left in a step, and "
+                f"contrast.objective={contrast.objective} with model.head={self.model.head} needs two images; set "
+                "clients.batch to at least 2"
+            )
+        if not contrast.concatenate and self.model.head == "large" and least < 2:
+            raise ValueError(
+                "model.head=large: BatchNorm has nothing to average over at clients.batch=1 with "
+                "contrast.concatenate=False; use another head or a larger batch"
+            )
+
+    def _check_whole(self) -> None:
+        """Of clients that hold the whole network, and share nothing but weights."""
+        contrast, model = self.contrast, self.model
+        needed = {
+            "contrast.feature_sharing": (contrast.feature_sharing, False),
+            "contrast.both_views": (contrast.both_views, contrast.symmetric),
+            "contrast.concatenate": (contrast.concatenate, True),
+            "clients.lr_scale": (self.clients.lr_scale, "per_client_mean"),
+            "clients.frozen": (self.clients.frozen, False),
+            "defence.kind": (self.defence.kind, "none"),
+            "traffic.latents": (self.traffic.latents, "fp32"),
+            "traffic.gradients": (self.traffic.gradients, "fp32"),
+            "traffic.loss_threshold": (self.traffic.loss_threshold, None),
+        }
+        for name, (value, accepted) in needed.items():
+            if value != accepted:
+                raise ValueError(
+                    f"{name}={value}: clients that hold the whole network (clients.holds=network) send nothing but "
+                    f"weights; accepted is {accepted}"
+                )
+        averages = model.client_norm == "batch" or model.server_norm == "batch" or model.head == "large"
+        if averages and self.clients.batch < 2:
+            raise ValueError(
+                f"clients.batch={self.clients.batch}: BatchNorm has nothing to average over on a client that holds the "
+                "whole network; use at least 2, or model.client_norm=group, model.server_norm=group and another "
+                "model.head than large"
+            )
 
     def _check_recalling(self) -> None:
         cache, threshold = self.cache, self.traffic.loss_threshold
