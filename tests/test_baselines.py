@@ -70,9 +70,19 @@ def test_one_client_alone_is_central_training(method: str) -> None:
 def test_the_encoder_of_a_run_is_the_average_of_the_clients_networks(tmp_path: Path) -> None:
     config = Config().updated(
         {
-            **{"data.size": 8, "data.channels": 1, "data.images": 200, "model.width": 4, "model.head": "small"},
-            **{"clients.number": 4, "clients.batch": 10, "train.epochs": 2, "evaluation.probe_epochs": 0},
-            **{"evaluation.k": 5, "contrast.predictor": 16, "sync.every": 2, "partition.kind": "iid"},
+            "data.size": 8,
+            "data.channels": 1,
+            "data.images": 200,
+            "model.width": 4,
+            "model.head": "small",
+            "clients.number": 4,
+            "clients.batch": 10,
+            "train.epochs": 2,
+            "evaluation.probe_epochs": 0,
+            "evaluation.k": 5,
+            "contrast.predictor": 16,
+            "sync.every": 2,
+            "partition.kind": "iid",
         }
         | method_settings("fedema")
     )
