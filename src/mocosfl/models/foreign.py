@@ -138,7 +138,7 @@ def _of_hub(settings: ModelSettings, channels: int, size: int, pretrained: bool)
 
     values = _cleaned(json.loads(settings.architecture)) if settings.architecture else _architecture(settings)
     kind = values.pop("model_type", None)
-    if kind not in CONFIG_MAPPING:
+    if kind not in CONFIG_MAPPING or kind.startswith("timm"):  # timm's own loaders follow where a configuration points
         raise SettingError(
             f"{what}: transformers {transformers.__version__} has no models of type {kind}; code that comes "
             "with a model is not run"
