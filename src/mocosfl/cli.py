@@ -19,6 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mocosfl import study
 from mocosfl.config import AttackSettings, Config
 from mocosfl.errors import MocosflError, ReportedElsewhere, SettingError, nearest
 from mocosfl.network.settings import ServeSettings
@@ -445,6 +446,14 @@ def _recipes(args: Sequence[str]) -> int:
     return 0
 
 
+def _sweep(args: Sequence[str]) -> int:
+    return study.sweep(args, console, errors)
+
+
+def _compare(args: Sequence[str]) -> int:
+    return study.compare(args, console, errors)
+
+
 def _partition(args: Sequence[str]) -> int:
     config, flags = _base(args)
     given = tyro.cli(
@@ -572,6 +581,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "join": (_join, "be such a client"),
     "enroll": (_enroll, "give clients tokens to join with"),
     "recipes": (_recipes, "list the named configurations"),
+    "sweep": (_sweep, "make many runs from one file; skips what is finished, goes on with what was stopped"),
+    "compare": (_compare, "runs side by side: settings that differ, figures, curves"),
     "cost": (_cost, "what a run costs a client in arithmetic, memory, bytes, time and energy, before it is made"),
     "partition": (_partition, "print and draw the split of the images over the clients"),
 }

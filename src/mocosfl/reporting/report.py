@@ -213,8 +213,7 @@ class Reader:
     def __post_init__(self) -> None:
         self.run = Run.open(self.path)
         self.metrics = Metrics(self.run.metrics_file)
-        config = self.run.config
-        self.settings = {name: reduce(getattr, name.split("."), config) for name in setting_names()}
+        self.settings = by_name(self.run.config)
 
     def read(self) -> Contents:
         """The folder as it is now.
@@ -283,6 +282,11 @@ class Reader:
         if self._known.get("counted", (None,))[0] != key:
             self._known["counted"] = key, _count(self.run.config, images, size)
         return self._known["counted"][1]
+
+
+def by_name(config: Config) -> dict[str, Any]:
+    """All settings by dotted name."""
+    return {name: reduce(getattr, name.split("."), config) for name in setting_names()}
 
 
 def _json(path: Path) -> dict[str, Any]:
