@@ -23,7 +23,7 @@ from mocosfl import study
 from mocosfl.config import AttackSettings, Config
 from mocosfl.errors import MocosflError, ReportedElsewhere, SettingError, nearest
 from mocosfl.network.settings import ServeSettings
-from mocosfl.recipes import RECIPES, recipe
+from mocosfl.recipes import recipe
 from mocosfl_device.settings import JoinSettings
 
 INTERRUPTED = 130
@@ -415,35 +415,7 @@ def print_figures(metrics: dict[str, Any], console: Console = console) -> None:
 
 
 def _recipes(args: Sequence[str]) -> int:
-    """List the recipes."""
-
-    def parsed() -> None:
-        """List the recipes: name, data, clients, model, expected time and result."""
-
-    tyro.cli(parsed, prog="mocosfl recipes", args=args)
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-        caption="result: linear probe; * published, not run here yet",
-    )
-    for title in ("recipe", "data", "clients", "model", "time", "result"):
-        table.add_column(title, no_wrap=title == "recipe", overflow="fold")
-    for name, entry in RECIPES.items():
-        c = entry.make()
-        images = f", {c.data.images:,}" if c.data.images else ""
-        split = "IID" if c.partition.kind == "iid" else f"{c.partition.classes_per_client} classes"
-        pool = f", pool {c.pool}" if c.pool < c.clients.number else ""
-        table.add_row(
-            name,
-            c.data.source + images,
-            f"{c.clients.number:,}, {split}{pool}",
-            f"{c.model.backbone} x{c.model.width} cut {c.model.cut}",
-            entry.time,
-            entry.result,
-        )
-    console.print(table)
-    return 0
+    return study.recipes(args, console)
 
 
 def _sweep(args: Sequence[str]) -> int:

@@ -1,4 +1,5 @@
-"""The commands of a study of many runs: `mocosfl sweep` makes them, `mocosfl compare` shows them side by side."""
+"""The commands of a study: `mocosfl recipes` lists what can be run, `mocosfl sweep` makes many runs, `mocosfl compare`
+shows runs side by side."""
 
 from __future__ import annotations
 
@@ -9,14 +10,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
-from mocosfl.errors import SettingError
+from mocosfl import published
+from mocosfl.errors import SettingError, nearest
+from mocosfl.recipes import RECIPES
 
 if TYPE_CHECKING:
     from mocosfl.sweep import State
 
 INTERRUPTED = 130
+
+
+@dataclass
+class RecipesArguments:
+    """List the named configurations, by the table or figure of the paper that they repeat."""
+
+    what: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="[WHAT]")]] = None
+    """A table or figure (such as table-3): its rows, what the paper reports, and what we have measured. A recipe: its
+    settings. all: every recipe. Unset: an overview."""
 
 
 @dataclass
@@ -63,6 +77,88 @@ class CompareArguments:
     """Print a table in Markdown instead."""
     out: Path = Path("compare.png")
     """Picture to write."""
+
+
+def recipes(args: Sequence[str], console: Console) -> int:
+    """List recipes: an overview, the rows of a table, or one of them."""
+    given = tyro.cli(RecipesArguments, prog="mocosfl recipes", args=args)
+    if given.what is None:
+        _overview(console)
+    elif given.what == "all":
+        for name in RECIPES:
+            console.print(name, highlight=False)
+    elif (group := published.group(given.what)) is not None:
+        _rows(group, console)
+    elif given.what in RECIPES:
+        _one(given.what, console)
+    else:
+        known = [*RECIPES, *(group.name for group in published.GROUPS), "all"]
+        hint = nearest(given.what, known) or "expected a recipe, a table or figure such as table-3, or all"
+        raise SettingError(f"{given.what}: {hint}")
+    return 0
+
+
+def _overview(console: Console) -> None:
+    table = _table("recipe", "data", "clients", "model", "time", "result")
+    for name in published.elsewhere():
+        entry = RECIPES[name]
+        c = entry.make()
+        images = f", {c.data.images:,}" if c.data.images else ""
+        split = "IID" if c.partition.kind == "iid" else f"{c.partition.classes_per_client} classes"
+        model = f"{c.model.backbone} x{c.model.width} cut {c.model.cut}"
+        clients = f"{c.clients.number:,}, {split}"
+        table.add_row(name, c.data.source + images, clients, model, entry.time, entry.result)
+    console.print(table)
+    table = _table("the paper", "about", "recipes")
+    for group in published.GROUPS:
+        names = list(dict.fromkeys(row.recipe for row in group.rows if row.recipe in RECIPES))
+        shown = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names)})" if names else "none yet"
+        table.add_row(group.name, group.title, shown)
+    console.print(table)
+    console.print(
+        "result: linear probe, measured here. More: mocosfl recipes table-3, mocosfl recipes NAME, mocosfl recipes all",
+        highlight=False,
+    )
+
+
+def _table(*titles: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for title in titles:
+        table.add_column(title, overflow="fold", no_wrap=title in ("recipe", "the paper"))
+    return table
+
+
+def _rows(group: published.Group, console: Console) -> None:
+    console.print(f"{group.name} of the paper: {group.title}" if group.name != "architectures" else group.title)
+    table = _table("recipe", "setting", "published", "ours")
+    for row in group.rows:
+        name = row.recipe if row.recipe in RECIPES else "no recipe yet"
+        table.add_row(name, row.setting, row.published or published.UNKNOWN, row.ours or "not run")
+    console.print(table)
+    for line in (f"figure: {group.figure}", group.note, f"ours: {group.results}" if group.results else ""):
+        if line:
+            console.print(line, highlight=False, markup=False)
+
+
+def _one(name: str, console: Console) -> None:
+    from mocosfl.config import Config
+    from mocosfl.reporting.compare import changes, of_configs, value_text
+
+    entry = RECIPES[name]
+    config = entry.make()
+    say = partial(console.print, highlight=False, markup=False)
+    say(f"{name}: {entry.time}; linear probe here: {entry.result}")
+    for group, row in published.rows_of(name):
+        say(f"  {group.name}, {row.setting}: {row.published or published.UNKNOWN} ({group.figure})")
+    if config.clients.frozen:
+        say(f"  mocosfl pretrain {name} --out PRE; mocosfl train {name} --clients.init PRE")
+    else:
+        say(f"  mocosfl train {name}")
+    say("  settings that are not the defaults:")
+    own, defaults = of_configs({name: config, "defaults": Config()})
+    for setting, value in changes(own, defaults.settings).items():
+        if setting != "recipe":
+            say(f"    {setting}: {value_text(value)}")
 
 
 def sweep(args: Sequence[str], console: Console, errors: Console) -> int:

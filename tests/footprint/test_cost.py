@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from mocosfl import cli
+from mocosfl.config import Config
 from mocosfl.errors import SettingError
 from mocosfl.footprint import cost, published, traffic
 from mocosfl.footprint.devices import DEVICES, device
@@ -59,8 +60,20 @@ def buffers() -> int:
     return 2 * (64 * 5 + 128 * 5 + 256 * 5 + 512 * 5 + 2 * 4096)
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_bytes_of_every_recipe(name: str) -> None:
+def told_apart(config: Config) -> tuple[object, ...]:
+    """What bytes depend on, besides the number of clients and averages."""
+    return (
+        config.model,
+        config.clients.frozen,
+        config.clients.batch > 1,
+        config.cache,
+        config.traffic,
+        config.clients.pool,
+    )
+
+
+@pytest.mark.parametrize("name", {told_apart(recipe(name)): name for name in RECIPES}.values())
+def test_bytes_of_recipes(name: str) -> None:
     plan = Plan.of(recipe(name))
     found = traffic.of_client(plan)
     assert way(found.run, UP) <= found.messages[0] <= found.socket[0] < 1.1 * way(found.run, UP)
