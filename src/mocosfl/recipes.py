@@ -84,8 +84,8 @@ def taressfl_small() -> Config:
 
 CLASSES = {"cifar10": 2, "cifar100": 20, "imagenet12": 2}
 """Classes of a client in the paper's non-IID case, by its data sets."""
-IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "imagenet12": 12_406}
-"""Their training images."""
+IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "imagenet12": 15_000}
+"""Their training images; of ImageNet-12 about, which only says how often to average."""
 
 
 def name_of(
@@ -125,7 +125,7 @@ def published(
         clients=ClientSettings(
             number=number,
             pool=None if number <= 100 else 100,
-            round=a_pass,
+            round=None if source == "imagenet12" else a_pass,
             batch=batch,
             keep_optimizer=True,
         ),
@@ -189,7 +189,6 @@ def device_cache() -> Config:
     )
 
 
-SOURCES = ("cifar10", "cifar100")
 ARCHITECTURES = ("resnet34", "resnet50")
 """Backbones of the paper and its release, beside ResNet-18."""
 
@@ -197,7 +196,7 @@ ARCHITECTURES = ("resnet34", "resnet50")
 def _of_the_paper() -> dict[str, Callable[[], Config]]:
     """Recipes of the paper's tables and figures (``mocosfl.published`` says which belong to which)."""
     wanted: list[tuple[str, int, str, int, int | None, str]] = []
-    for source in SOURCES:  # table 3
+    for source in CLASSES:  # table 3
         for cut in (1, 3):
             for kind in ("iid", "noniid"):
                 wanted += [(source, number, kind, cut, None, "resnet18") for number in (100, 200, 1000)]
@@ -216,11 +215,29 @@ def _of_the_paper() -> dict[str, Callable[[], Config]]:
     return found | {"cifar10-device": device, "cifar10-device-cut1": partial(device, 1)}
 
 
+def _baselines() -> dict[str, Callable[[], Config]]:
+    """What MocoSFL is compared with (``mocosfl.baselines``): whole networks on the clients, and one on all images."""
+
+    def make(function: str, *arguments: str | int) -> Config:
+        from mocosfl import baselines  # needs PyTorch, which a list of names does not
+
+        return getattr(baselines, function)(*arguments)
+
+    sources = ("cifar10", "cifar100")
+    found: dict[str, Callable[[], Config]] = {
+        f"{method}-{source}-{number}": partial(make, "baseline", method, source, number)
+        for method in ("flmoco", "flsimclr", "flbyol", "fedu", "fedema")
+        for source in sources
+        for number in (5, 20, 100)
+    }
+    return found | {f"central-{source}": partial(make, "central", source) for source in sources}
+
+
 RECIPES: dict[str, Recipe] = {
     "digits": Recipe(digits, "2 min (2 cores)", "97.5 %"),
     "cifar10-small": Recipe(cifar10_small, "14 min (2 cores)", "57.1 %"),
     "taressfl-small": Recipe(taressfl_small, "19 min (2 cores)", "50.4 %"),
-    **{name: Recipe(make, "needs a GPU", "not run") for name, make in _of_the_paper().items()},
+    **{name: Recipe(make, "needs a GPU", "not run") for name, make in (_of_the_paper() | _baselines()).items()},
     "cifar10-device-cache": Recipe(device_cache, "needs a GPU", "not run"),
 }
 """By name. Results are linear probes that we have measured (docs/experiments.md)."""

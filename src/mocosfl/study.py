@@ -109,11 +109,10 @@ def _overview(console: Console) -> None:
         clients = f"{c.clients.number:,}, {split}"
         table.add_row(name, c.data.source + images, clients, model, entry.time, entry.result)
     console.print(table)
-    table = _table("the paper", "about", "recipes")
+    table = _table("of the paper", "about", "recipes")
     for group in published.GROUPS:
-        names = list(dict.fromkeys(row.recipe for row in group.rows if row.recipe in RECIPES))
-        shown = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names)})" if names else "none yet"
-        table.add_row(group.name, group.title, shown)
+        names = list(dict.fromkeys(row.recipe for row in group.rows))
+        table.add_row(group.name, group.title, f"{names[0]} ... {names[-1]} ({len(names)})")
     console.print(table)
     console.print(
         "result: linear probe, measured here. More: mocosfl recipes table-3, mocosfl recipes NAME, mocosfl recipes all",
@@ -124,16 +123,15 @@ def _overview(console: Console) -> None:
 def _table(*titles: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for title in titles:
-        table.add_column(title, overflow="fold", no_wrap=title in ("recipe", "the paper"))
+        table.add_column(title, overflow="fold", no_wrap=title in ("recipe", "of the paper"))
     return table
 
 
 def _rows(group: published.Group, console: Console) -> None:
-    console.print(f"{group.name} of the paper: {group.title}" if group.name != "architectures" else group.title)
+    console.print(f"{group.name}: {group.title}", highlight=False)
     table = _table("recipe", "setting", "published", "ours")
     for row in group.rows:
-        name = row.recipe if row.recipe in RECIPES else "no recipe yet"
-        table.add_row(name, row.setting, row.published or published.UNKNOWN, row.ours or "not run")
+        table.add_row(row.recipe, row.setting, row.published or published.UNKNOWN, row.ours or "not run")
     console.print(table)
     for line in (f"figure: {group.figure}", group.note, f"ours: {group.results}" if group.results else ""):
         if line:
