@@ -7,6 +7,7 @@ unless the sentence beside a setting says otherwise.
 from __future__ import annotations
 
 import re
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -731,6 +732,11 @@ def setting_names(settings: type[BaseModel] = Config, prefix: str = "") -> list[
         else:
             names.append(prefix + name)
     return names
+
+
+def by_name(config: Config) -> dict[str, Any]:
+    """The values of all settings by dotted name."""
+    return {name: reduce(getattr, name.split("."), config) for name in setting_names()}
 
 
 def _unknown(name: str) -> str:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from mocosfl import published
+from mocosfl.config import Config, by_name
 from mocosfl.errors import SettingError, nearest
 from mocosfl.recipes import RECIPES
 
@@ -139,9 +141,6 @@ def _rows(group: published.Group, console: Console) -> None:
 
 
 def _one(name: str, console: Console) -> None:
-    from mocosfl.config import Config
-    from mocosfl.reporting.compare import changes, of_configs, value_text
-
     entry = RECIPES[name]
     config = entry.make()
     say = partial(console.print, highlight=False, markup=False)
@@ -153,10 +152,11 @@ def _one(name: str, console: Console) -> None:
     else:
         say(f"  mocosfl train {name}")
     say("  settings that are not the defaults:")
-    own, defaults = of_configs({name: config, "defaults": Config()})
-    for setting, value in changes(own, defaults.settings).items():
-        if setting != "recipe":
-            say(f"    {setting}: {value_text(value)}")
+    defaults = by_name(Config())
+    changed = {key: value for key, value in by_name(config).items() if value != defaults[key] and key != "recipe"}
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in changed.items()}
+    for line in yaml.safe_dump(plain, sort_keys=False, default_flow_style=None).splitlines():
+        say(f"    {line}")
 
 
 def sweep(args: Sequence[str], console: Console, errors: Console) -> int:

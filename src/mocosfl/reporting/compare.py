@@ -19,12 +19,12 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from mocosfl.config import Config, setting_names
+from mocosfl.config import Config, by_name, setting_names
 from mocosfl.errors import RunError, SettingError, nearest
 from mocosfl.files import write_atomically
 from mocosfl.reporting.cost import size, time
 from mocosfl.reporting.curve import running_mean
-from mocosfl.reporting.report import Contents, Missing, Reader, Series, by_name
+from mocosfl.reporting.report import Contents, Missing, Reader, Series
 from mocosfl.run import FAILED, OF_SWEEP, RESUMABLE
 
 FINISHED = "finished"

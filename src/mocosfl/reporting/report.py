@@ -12,14 +12,13 @@ import os
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mocosfl.config import Config, setting_names
+from mocosfl.config import Config, by_name
 from mocosfl.errors import MocosflError
 from mocosfl.footprint import traffic
 from mocosfl.footprint.plan import Plan
@@ -282,11 +281,6 @@ class Reader:
         if self._known.get("counted", (None,))[0] != key:
             self._known["counted"] = key, _count(self.run.config, images, size)
         return self._known["counted"][1]
-
-
-def by_name(config: Config) -> dict[str, Any]:
-    """All settings by dotted name."""
-    return {name: reduce(getattr, name.split("."), config) for name in setting_names()}
 
 
 def _json(path: Path) -> dict[str, Any]:
