@@ -303,25 +303,28 @@ def test_a_folder_in_which_somebody_trains_is_left_alone(stopped: Path) -> None:
     assert states == {"a": State.FINISHED, "slow-b": State.ELSEWHERE, "slow-c": State.FINISHED}
 
 
-def test_real_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of them: what the data allows is only known when a run begins."""
+def test_a_real_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = DIGITS | {"partition.classes_per_client": 12}
-    file = written(tmp_path, {"set": settings, "runs": {"good": {}, "wrong": {"partition.kind": "classes"}}})
+    file = written(tmp_path, {"set": DIGITS, "runs": {"good": {}, "left": {"partition.kind": "classes"}}})
     assert main(["sweep", str(file), "--out", "out", "--dry-run"]) == 0
     assert not Path("out").exists()
-    assert "wrong: not begun. partition.kind=classes" in capsys.readouterr().out
-    assert main(["sweep", str(file), "--out", "out", "--jobs", "2", "--threads", "1"]) == 1
-    told = capsys.readouterr()
+    assert "left: not begun. partition.kind=classes" in capsys.readouterr().out
+    assert main(["sweep", str(file), "--out", "out", "--only", "g*", "--threads", "1"]) == 0
+    told = capsys.readouterr().out
     result = json.loads(Path("out/good/result.json").read_text())
-    assert f"good: finished, kNN {result['knn']:.2f} %" in told.out
-    rows = [line.split() for line in told.out.splitlines()]
-    assert ["good", "finished", f"{result['knn']:.2f}"] in [row[:3] for row in rows]
-    assert "wrong partition.kind=classes failed:" in " ".join(" ".join(row) for row in rows)
-    assert "failed: wrong; logs are in" in told.err
-    assert "partition.classes_per_client=12: the data set has 10 classes" in Path("out/failed/wrong.log").read_text()
+    assert f"good: finished, kNN {result['knn']:.2f} %" in told
+    assert ["good", f"{result['knn']:.2f}"] in [line.split()[:2] for line in told.splitlines()]
     log = Path("out/good.log").read_text()
+    assert "22 steps of 12 images" in log
     assert main(["sweep", str(file), "--out", "out", "--only", "good"]) == 0
     assert Path("out/good.log").read_text() == log
     assert main(["sweep", str(file), "--out", "out", "--jobs", "0"]) == 1
     assert "jobs=0" in capsys.readouterr().err
+
+
+def test_exit_status_and_what_remains(stand_in: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(stand_in, {"runs": {"a": {}, "early": {"seed": 1}}})
+    assert main(["sweep", str(file), "--out", "out"]) == 1
+    told = capsys.readouterr()
+    assert "failed: early; logs are in" in told.err
+    assert "seed=1 failed: error: there is no such data" in " ".join(told.out.split())
