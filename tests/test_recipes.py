@@ -1,12 +1,15 @@
 import re
 
+import numpy as np
 import pytest
 import torch
 
 from mocosfl import published
 from mocosfl.baselines import METHODS, baseline
 from mocosfl.cli import main
+from mocosfl.config import by_name
 from mocosfl.data.augment import policy_of
+from mocosfl.data.partition import partition_in_two
 from mocosfl.errors import SettingError
 from mocosfl.models import build
 from mocosfl.models.heads import WIDTHS
@@ -98,6 +101,14 @@ def test_every_baseline_has_a_recipe() -> None:
                 assert recipe(f"{method}-{source}-{number}") == baseline(method, source, number)
 
 
+@pytest.mark.parametrize("batch", [8, 16, 32, 64])
+def test_small_batches_see_as_many_images_between_two_averages(batch: int) -> None:
+    usual, small = baseline("flbyol", "cifar10", 5), recipe(f"flbyol-cifar10-5-batch{batch}")
+    assert small.clients.batch * small.sync.every == usual.clients.batch * usual.sync.every
+    names = ["recipe", "clients.batch", "sync.every"]
+    assert small == usual.updated({name: by_name(small)[name] for name in names})
+
+
 def test_rows_are_of_the_settings_that_they_name() -> None:
     cuts = {"MocoSFL-1": 1, "MocoSFL-3": 3, "MocoSFL-5": 5}
     sets = {"CIFAR-10": "cifar10", "CIFAR-100": "cifar100", "ImageNet-12": "imagenet12"}
@@ -162,3 +173,19 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
         recipe("cifar10-noniid-10")
     with pytest.raises(SettingError, match="there are digits, cifar10-small"):
         recipe("zzz")
+
+
+@pytest.mark.parametrize(("number", "pool", "rich"), [(100, 100, 20), (200, 100, 20), (500, 100, 20)])
+def test_rich_and_poor_clients(number: int, pool: int, rich: int) -> None:
+    """A fifth of the clients, with half of the images and four times the batch: all pass over theirs equally often."""
+    config = recipe(f"cifar10-hetero-{number}")
+    assert (config.pool, config.pool_rich, config.rich) == (pool, rich, number // 5)
+    assert sorted(set(config.batches.tolist())) == [1, 4]
+    labels = np.random.default_rng(0).integers(0, 10, 20_000)
+    share = config.clients.rich_data_share
+    numbers = (number - config.rich, config.rich)
+    held = partition_in_two(config.partition, numbers, share, np.arange(20_000), labels, 10, 0, (1, 4))
+    passes = held.sizes / np.array([config.batch_of(client) for client in range(number)])
+    assert passes.min() > 0.9 * passes.mean()
+    assert passes.max() < 1.1 * passes.mean()
+    assert ((held.counts(labels, 10) > 0).sum(1) == 2).all()

@@ -6,6 +6,7 @@ unless the sentence beside a setting says otherwise.
 
 from __future__ import annotations
 
+import math
 import re
 from functools import reduce
 from pathlib import Path
@@ -587,6 +588,13 @@ class Config(Settings):
                 f"contrast.objective={contrast.objective}: it compares the images of a batch; {which} must be at "
                 "least 2"
             )
+        batched = contrast.objective in ("mocov3", "simclr", "byol") or self.model.head == "large"
+        if clients.drop and batched and clients.batch < 2:
+            raise ValueError(
+                f"clients.drop={clients.drop:g}: one client may be all that is left in a step, and "
+                f"contrast.objective={contrast.objective} with model.head={self.model.head} needs two images; set "
+                "clients.batch to at least 2"
+            )
         if not contrast.concatenate and self.model.head == "large" and least < 2:
             raise ValueError(
                 "model.head=large: BatchNorm has nothing to average over at clients.batch=1 with "
@@ -737,6 +745,12 @@ def setting_names(settings: type[BaseModel] = Config, prefix: str = "") -> list[
 def by_name(config: Config) -> dict[str, Any]:
     """The values of all settings by dotted name."""
     return {name: reduce(getattr, name.split("."), config) for name in setting_names()}
+
+
+def value_text(value: Any) -> str:
+    """A value as YAML has it, on one line."""
+    value = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n").removesuffix("\n...")
 
 
 def _unknown(name: str) -> str:

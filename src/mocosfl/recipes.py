@@ -189,6 +189,29 @@ def device_cache() -> Config:
     )
 
 
+def heterogeneous(number: int, rich: float = 0.2, factor: int = 4, data: float = 0.5) -> Config:
+    """`cifar10-noniid-NUMBER` with rich and poor clients, as in "A_B|C|D_E" of the authors' release.
+
+    Its numbers are not known to us. With these all clients pass over their images equally often: a rich one holds
+    data / rich : (1 - data) / (1 - rich) = 4 times as many as a poor one, and uses a batch 4 times as large.
+
+    Args:
+        number: N, clients.
+        rich: A, the share of the clients that are rich.
+        factor: C, how many times larger their batch is.
+        data: D, the share of the images that they hold together.
+    """
+    return published("cifar10", number, "noniid").updated(
+        {
+            "recipe": f"cifar10-hetero-{number}",
+            "clients.rich_share": rich,
+            "clients.rich_batch_factor": factor,
+            "clients.rich_data_share": data,
+            "clients.round": None,  # a pass over a client's images, with the larger batches
+        }
+    )
+
+
 ARCHITECTURES = ("resnet34", "resnet50")
 """Backbones of the paper and its release, beside ResNet-18."""
 
@@ -212,6 +235,8 @@ def _of_the_paper() -> dict[str, Callable[[], Config]]:
     for cut in (1, 3):  # table 4
         for percent in (0, 0.5, 1):
             found[f"taressfl-cut{cut}" + (f"-target{percent:g}" if percent else "")] = partial(taressfl, cut, percent)
+    for number in (100, 200, 500):
+        found[f"cifar10-hetero-{number}"] = partial(heterogeneous, number)
     return found | {"cifar10-device": device, "cifar10-device-cut1": partial(device, 1)}
 
 
@@ -223,6 +248,13 @@ def _baselines() -> dict[str, Callable[[], Config]]:
 
         return getattr(baselines, function)(*arguments)
 
+    def with_batch(method: str, batch: int) -> Config:
+        """As many images between two averages as with the usual batch."""
+        usual = make("baseline", method, "cifar10", 5)
+        every = usual.sync.every * usual.clients.batch // batch
+        name = f"{method}-cifar10-5-batch{batch}"
+        return usual.updated({"recipe": name, "clients.batch": batch, "sync.every": every})
+
     sources = ("cifar10", "cifar100")
     found: dict[str, Callable[[], Config]] = {
         f"{method}-{source}-{number}": partial(make, "baseline", method, source, number)
@@ -230,6 +262,9 @@ def _baselines() -> dict[str, Callable[[], Config]]:
         for source in sources
         for number in (5, 20, 100)
     }
+    for method in ("flmoco", "flbyol"):  # figure 1
+        for batch in (8, 16, 32, 64):
+            found[f"{method}-cifar10-5-batch{batch}"] = partial(with_batch, method, batch)
     return found | {f"central-{source}": partial(make, "central", source) for source in sources}
 
 

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
-import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from mocosfl import published
-from mocosfl.config import Config, by_name
+from mocosfl.config import Config, by_name, value_text
 from mocosfl.errors import SettingError, nearest
 from mocosfl.recipes import RECIPES
 
@@ -154,9 +153,8 @@ def _one(name: str, console: Console) -> None:
     say("  settings that are not the defaults:")
     defaults = by_name(Config())
     changed = {key: value for key, value in by_name(config).items() if value != defaults[key] and key != "recipe"}
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in changed.items()}
-    for line in yaml.safe_dump(plain, sort_keys=False, default_flow_style=None).splitlines():
-        say(f"    {line}")
+    for key, value in changed.items():
+        say(f"    {key}: {value_text(value)}")
 
 
 def sweep(args: Sequence[str], console: Console, errors: Console) -> int:

@@ -14,12 +14,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from mocosfl.config import Config, by_name, setting_names
+from mocosfl.config import Config, by_name, setting_names, value_text
 from mocosfl.errors import RunError, SettingError, nearest
 from mocosfl.files import write_atomically
 from mocosfl.reporting.cost import size, time
@@ -182,12 +181,6 @@ def changes(row: Row, base: Mapping[str, Any]) -> dict[str, Any]:
 def told(settings: Mapping[str, Any]) -> str:
     """Settings as text, with values as YAML has them."""
     return ", ".join(f"{name}={value_text(value)}" for name, value in settings.items())
-
-
-def value_text(value: Any) -> str:
-    """A value as YAML has it, on one line."""
-    value = list(value) if isinstance(value, tuple) else value
-    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n").removesuffix("\n...")
 
 
 def averaged(rows: Sequence[Row]) -> list[Row]:
