@@ -30,6 +30,7 @@ ELSEWHERE = {
     "LICENSE": "LICENSE.txt",
     "CITATION.cff": "CITATION.cff",
     "examples/digits.ipynb": "examples/digits.ipynb",
+    "examples/claims.yaml": "examples/claims.yaml",
 }
 """Files of the repository that take part in the site, and their places in it."""
 

@@ -19,10 +19,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mocosfl import study
 from mocosfl.config import AttackSettings, Config, ModelSettings
 from mocosfl.errors import MocosflError, ReportedElsewhere, SettingError, nearest
 from mocosfl.network.settings import ServeSettings
-from mocosfl.recipes import RECIPES, recipe
+from mocosfl.recipes import recipe
 from mocosfl.trust import trust_code
 from mocosfl_device.settings import JoinSettings
 
@@ -436,35 +437,15 @@ def print_figures(metrics: dict[str, Any], console: Console = console) -> None:
 
 
 def _recipes(args: Sequence[str]) -> int:
-    """List the recipes."""
+    return study.recipes(args, console)
 
-    def parsed() -> None:
-        """List the recipes: name, data, clients, model, expected time and result."""
 
-    tyro.cli(parsed, prog="mocosfl recipes", args=args)
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-        caption="result: linear probe; * published, not run here yet",
-    )
-    for title in ("recipe", "data", "clients", "model", "time", "result"):
-        table.add_column(title, no_wrap=title == "recipe", overflow="fold")
-    for name, entry in RECIPES.items():
-        c = entry.make()
-        images = f", {c.data.images:,}" if c.data.images else ""
-        split = "IID" if c.partition.kind == "iid" else f"{c.partition.classes_per_client} classes"
-        pool = f", pool {c.pool}" if c.pool < c.clients.number else ""
-        table.add_row(
-            name,
-            c.data.source + images,
-            f"{c.clients.number:,}, {split}{pool}",
-            f"{c.model.backbone} x{c.model.width} cut {c.model.cut}",
-            entry.time,
-            entry.result,
-        )
-    console.print(table)
-    return 0
+def _sweep(args: Sequence[str]) -> int:
+    return study.sweep(args, console, errors)
+
+
+def _compare(args: Sequence[str]) -> int:
+    return study.compare(args, console, errors)
 
 
 def _partition(args: Sequence[str]) -> int:
@@ -629,6 +610,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "join": (_join, "be such a client"),
     "enroll": (_enroll, "give clients tokens to join with"),
     "recipes": (_recipes, "list the named configurations"),
+    "sweep": (_sweep, "make many runs from one file; skips what is finished, goes on with what was stopped"),
+    "compare": (_compare, "runs side by side: settings that differ, figures, curves"),
     "cost": (_cost, "what a run costs a client in arithmetic, memory, bytes, time and energy, before it is made"),
     "models": (_models, "backbones, and what each cut of one leaves on the client"),
     "partition": (_partition, "print and draw the split of the images over the clients"),

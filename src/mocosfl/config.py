@@ -6,7 +6,9 @@ unless the sentence beside a setting says otherwise.
 
 from __future__ import annotations
 
+import math
 import re
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -812,6 +814,17 @@ def setting_names(settings: type[BaseModel] = Config, prefix: str = "") -> list[
         else:
             names.append(prefix + name)
     return names
+
+
+def by_name(config: Config) -> dict[str, Any]:
+    """The values of all settings by dotted name."""
+    return {name: reduce(getattr, name.split("."), config) for name in setting_names()}
+
+
+def value_text(value: Any) -> str:
+    """A value as YAML has it, on one line."""
+    value = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n").removesuffix("\n...")
 
 
 def _unknown(name: str) -> str:

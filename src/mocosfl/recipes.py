@@ -30,7 +30,7 @@ class Recipe:
     Attributes:
         make: returns the configuration.
         time: how long it takes, and on what.
-        result: what it reaches, and whether that is ours or published.
+        result: the linear probe that it reached here; what the paper reports is in ``mocosfl.published``.
     """
 
     make: Callable[[], Config]
@@ -82,47 +82,72 @@ def taressfl_small() -> Config:
     )
 
 
-def published(source: str, number: int, kind: str, cut: int = 1) -> Config:
-    """The paper's settings for 32x32 images: batch 1, pools of 100, an average every 50 steps.
+CLASSES = {"cifar10": 2, "cifar100": 20, "imagenet12": 2}
+"""Classes of a client in the paper's non-IID case, by its data sets."""
+IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "imagenet12": 15_000}
+"""Their training images; of ImageNet-12 about, which only says how often to average."""
+
+
+def name_of(
+    source: str, number: int, kind: str, cut: int = 1, averages: int | None = None, backbone: str = "resnet18"
+) -> str:
+    """What the recipe of ``published`` with these arguments is called, such as cifar10-noniid-5-cut3-sync1."""
+    parts = [f"{source}-{kind}-{number}", *([backbone] if backbone != "resnet18" else [])]
+    parts += [*([f"cut{cut}"] if cut != 1 else []), *([f"sync{averages}"] if averages is not None else [])]
+    return "-".join(parts)
+
+
+def published(
+    source: str, number: int, kind: str, cut: int = 1, averages: int | None = None, backbone: str = "resnet18"
+) -> Config:
+    """The paper's settings: 100 images a step, from pools of 100 clients where there are more.
 
     Different from the authors' release only where that is at fault: all learning rates follow one cosine in steps
     (theirs oscillates on the clients), the average counts who took part, and nothing is chosen on test images.
 
     Args:
-        source: cifar10 or cifar100.
-        number: N, clients.
+        source: cifar10, cifar100 or imagenet12.
+        number: N, clients. They have a batch of 100 / N, or 1 where they are 100 or more.
         kind: iid, or noniid for 2 classes a client (20 of CIFAR-100).
         cut: 1 for MocoSFL-1, 3 for MocoSFL-3.
+        averages: averages in a pass over a client's images. Unset: 1,000 / (N * batch), which is one every 50 steps
+            with 50,000 images.
+        backbone: as ``model.backbone``.
     """
-    name = f"{source}-{kind}-{number}" + ("" if cut == 1 else f"-cut{cut}")
+    batch, images = max(1, 100 // number), IMAGES[source]
+    a_pass = images // (number * batch)  # steps
+    every = images // 1000 if averages is None else a_pass // averages
     return Config(
-        recipe=name,
-        data=DataSettings(source=source, size=32, held_out=0.02),
-        partition=PartitionSettings(
-            kind="iid" if kind == "iid" else "classes", classes_per_client=2 if source == "cifar10" else 20
-        ),
+        recipe=name_of(source, number, kind, cut, averages, backbone),
+        data=DataSettings(source=source, size=224 if source == "imagenet12" else 32, held_out=0.02),
+        partition=PartitionSettings(kind="iid" if kind == "iid" else "classes", classes_per_client=CLASSES[source]),
         model=ModelSettings(cut=cut),
         clients=ClientSettings(
             number=number,
             pool=None if number <= 100 else 100,
-            round=50_000 // number,
-            batch=1,
+            round=None if source == "imagenet12" else a_pass,
+            batch=batch,
             keep_optimizer=True,
         ),
-        sync=SyncSettings(every=50, momentum=False),
+        sync=SyncSettings(every=every, momentum=False),
         train=TrainSettings(epochs=200, log_every=50, checkpoint_every=2000),
         evaluation=EvaluationSettings(every=5),
-    )
+    ).updated({"model.backbone": backbone})
 
 
-def taressfl(cut: int) -> Config:
+def taressfl(cut: int, percent: float = 0) -> Config:
     """TAResSFL as published: C4S2, CIFAR-100 as the server's own images, then 100 frozen clients.
 
     Other than published, the SSIM that costs nothing is 0.3 instead of 0.6 (docs/protect.md).
+
+    Args:
+        cut: 1 or 3.
+        percent: of the clients' images, which the server pre-trains on too: 0, 0.5 or 1.
     """
     return published("cifar10", 100, "noniid", cut).updated(
         {
-            "recipe": f"taressfl-cut{cut}",
+            "recipe": f"taressfl-cut{cut}" + (f"-target{percent:g}" if percent else ""),
+            "pretrain.target_share": percent / 100,
             "model.bottleneck": "C4S2",
             "clients.frozen": True,
             "train.lr": 0.001,
@@ -131,14 +156,14 @@ def taressfl(cut: int) -> Config:
     )
 
 
-def device() -> Config:
+def device(cut: int = 3) -> Config:
     """The paper's device: 1,000 clients with 50 images each, frozen halves of three convolutions, C4S2 (TAResSFL).
 
     No image is held out, so that each client has its 50; there is no kNN monitor then.
     """
-    return published("cifar10", 1000, "noniid", 3).updated(
+    return published("cifar10", 1000, "noniid", cut).updated(
         {
-            "recipe": "cifar10-device",
+            "recipe": "cifar10-device" + ("" if cut == 3 else f"-cut{cut}"),
             "data.held_out": 0.0,
             "model.bottleneck": "C4S2",
             "clients.frozen": True,
@@ -187,35 +212,70 @@ def heterogeneous(number: int, rich: float = 0.2, factor: int = 4, data: float =
     )
 
 
-def _published(source: str, number: int, kind: str, cut: int, probe: float) -> Recipe:
-    return Recipe(lambda: published(source, number, kind, cut), "needs a GPU", f"{probe:.2f} % *")
+ARCHITECTURES = ("resnet34", "resnet50", "resnet101", "resnet152", "vgg11", "vgg13", "mobilenetv2")
+"""Backbones of the paper and its release, beside ResNet-18."""
 
 
-# Linear probe of the paper's table 1 (ResNet-18), by (source, kind, cut) for 100, 200 and 1,000 clients.
-_TABLE_1 = {
-    ("cifar10", "iid", 1): (87.29, 87.38, 87.51),
-    ("cifar10", "noniid", 1): (87.71, 87.39, 86.46),
-    ("cifar10", "iid", 3): (87.29, 87.15, 87.25),
-    ("cifar10", "noniid", 3): (87.10, 85.22, 84.75),
-    ("cifar100", "iid", 1): (58.91, 59.15, 58.85),
-    ("cifar100", "noniid", 1): (59.22, 58.90, 56.75),
-}
+def _of_the_paper() -> dict[str, Callable[[], Config]]:
+    """Recipes of the paper's tables and figures (``mocosfl.published`` says which belong to which)."""
+    wanted: list[tuple[str, int, str, int, int | None, str]] = []
+    for source in CLASSES:  # table 3
+        for cut in (1, 3):
+            for kind in ("iid", "noniid"):
+                wanted += [(source, number, kind, cut, None, "resnet18") for number in (100, 200, 1000)]
+    for source in ("cifar10", "cifar100"):  # table 2
+        wanted += [(source, number, "noniid", cut, None, "resnet18") for number in (5, 20) for cut in (1, 3)]
+    for cut, numbers in ((1, (5, 20)), (3, (5, 20)), (5, (5,))):  # figures 3 and 5
+        wanted += [("cifar10", n, "noniid", cut, averages, "resnet18") for n in numbers for averages in (1, 5, None)]
+    wanted += [("cifar10", 100, "noniid", 1, None, backbone) for backbone in ARCHITECTURES]
+    wanted.append(("cifar100", 5, "noniid", 1, None, "resnet50"))  # appendix B.5
+    found: dict[str, Callable[[], Config]] = {
+        name_of(*arguments): partial(published, *arguments) for arguments in wanted
+    }
+    for cut in (1, 3):  # table 4
+        for percent in (0, 0.5, 1):
+            found[f"taressfl-cut{cut}" + (f"-target{percent:g}" if percent else "")] = partial(taressfl, cut, percent)
+    for number in (100, 200, 500):
+        found[f"cifar10-hetero-{number}"] = partial(heterogeneous, number)
+    return found | {"cifar10-device": device, "cifar10-device-cut1": partial(device, 1)}
+
+
+def _baselines() -> dict[str, Callable[[], Config]]:
+    """What MocoSFL is compared with (``mocosfl.baselines``): whole networks on the clients, and one on all images."""
+
+    def make(function: str, *arguments: str | int) -> Config:
+        from mocosfl import baselines  # needs PyTorch, which a list of names does not
+
+        return getattr(baselines, function)(*arguments)
+
+    def with_batch(method: str, batch: int) -> Config:
+        """As many images between two averages as with the usual batch."""
+        usual = make("baseline", method, "cifar10", 5)
+        every = usual.sync.every * usual.clients.batch // batch
+        name = f"{method}-cifar10-5-batch{batch}"
+        return usual.updated({"recipe": name, "clients.batch": batch, "sync.every": every})
+
+    sources = ("cifar10", "cifar100")
+    found: dict[str, Callable[[], Config]] = {
+        f"{method}-{source}-{number}": partial(make, "baseline", method, source, number)
+        for method in ("flmoco", "flsimclr", "flbyol", "fedu", "fedema")
+        for source in sources
+        for number in (5, 20, 100)
+    }
+    for method in ("flmoco", "flbyol"):  # figure 1
+        for batch in (8, 16, 32, 64):
+            found[f"{method}-cifar10-5-batch{batch}"] = partial(with_batch, method, batch)
+    return found | {f"central-{source}": partial(make, "central", source) for source in sources}
+
 
 RECIPES: dict[str, Recipe] = {
     "digits": Recipe(digits, "2 min (2 cores)", "97.5 %"),
     "cifar10-small": Recipe(cifar10_small, "14 min (2 cores)", "57.1 %"),
     "taressfl-small": Recipe(taressfl_small, "19 min (2 cores)", "50.4 %"),
-    "taressfl-cut1": Recipe(lambda: taressfl(1), "needs a GPU", "not run"),
-    "taressfl-cut3": Recipe(lambda: taressfl(3), "needs a GPU", "not run"),
-    "cifar10-device": Recipe(device, "needs a GPU", "not run"),
+    **{name: Recipe(make, "needs a GPU", "not run") for name, make in (_of_the_paper() | _baselines()).items()},
     "cifar10-device-cache": Recipe(device_cache, "needs a GPU", "not run"),
 }
-for _number in (100, 200, 500):
-    RECIPES[f"cifar10-hetero-{_number}"] = Recipe(partial(heterogeneous, _number), "needs a GPU", "not run")
-for (_source, _kind, _cut), _probes in _TABLE_1.items():
-    for _number, _probe in zip((100, 200, 1000), _probes, strict=True):
-        _recipe = _published(_source, _number, _kind, _cut, _probe)
-        RECIPES[_recipe.make().recipe] = _recipe
+"""By name. Results are linear probes that we have measured (docs/experiments.md)."""
 
 
 def recipe(name: str) -> Config:

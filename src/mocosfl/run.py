@@ -22,6 +22,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -29,7 +30,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -70,6 +71,11 @@ FILES = (
     ".lock",
 )
 """What a run writes."""
+
+FAILED = "failed"
+"""Folder beside runs in which a sweep keeps those that failed, and their logs."""
+OF_SWEEP = ".sweep"
+"""Folder beside runs in which it keeps the settings that it has handed out, and who is at which run."""
 
 ELSEWHERE = ("serve", "flower")
 """Commands whose clients, and their images, are not in the run's own process."""
@@ -184,14 +190,18 @@ class Run:
         if self.command != command:
             made_by = "flwr run" if self.command == "flower" else f"mocosfl {self.command}"
             raise RunError(f"{self.path} is a run of `{made_by}`; resume it with that")
-        ours, theirs = (_flat(c.model_dump(mode="json")) for c in (self.config, config))
-        differ = [name for name in ours if ours[name] != theirs[name] and name not in RESUMABLE]
-        if differ:
-            lines = "\n".join(f"  {name}: the run has {ours[name]}, not {theirs[name]}" for name in differ)
+        if differ := self.differences(config):
+            lines = "\n".join(f"  {line}" for line in differ)
             raise RunError(
                 f"{self.path} was started with other settings:\n{lines}\n"
                 "resume it with its own, or start a new run with --out"
             )
+
+    def differences(self, config: Config) -> list[str]:
+        """What tells this run's settings from others, a line each; ``RESUMABLE`` ones do not count."""
+        ours, theirs = (_flat(c.model_dump(mode="json")) for c in (self.config, config))
+        differ = [name for name in ours if ours[name] != theirs[name] and name not in RESUMABLE]
+        return [f"{name}: the run has {ours[name]}, not {theirs[name]}" for name in differ]
 
     def check_data(self, facts: dict[str, Any]) -> None:
         """Note which images the run is trained on; when it is resumed, make sure that they are the same.
@@ -377,16 +387,39 @@ class Run:
         except OSError as error:
             raise RunError(f"cannot write to the run folder {self.path}: {error.strerror}") from error
         with file:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as error:
-                    raise RunError(f"another process is training in {self.path}") from error
+            if not lock(file):
+                raise RunError(f"another process is training in {self.path}")
             self.checkpoints.mkdir(exist_ok=True)
             self.metrics_file.touch()
             remove_unfinished(self.path)
             remove_unfinished(self.checkpoints)
             yield
+
+    @property
+    def in_use(self) -> bool:
+        """Whether another process is training in the folder."""
+        path = self.path / ".lock"
+        if not path.exists():
+            return False
+        with path.open("ab") as file:
+            return not lock(file)
+
+
+def lock(file: IO[Any]) -> bool:
+    """Lock a file for as long as it is open here or in a process that was handed it; False if another has locked it.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    return True
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -42,7 +42,7 @@ def draw_curve(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> Non
             axes.set_title("held-out images, training images as bank", fontsize=8)
         else:
             axes.plot(epochs, values, color="C0", alpha=0.3, linewidth=0.8)
-            axes.plot(epochs, _running_mean(values), color="C0")
+            axes.plot(epochs, running_mean(values), color="C0")
         axes.margins(y=0.15)
         axes.set_xlim(left=0)
         axes.set_xlabel("epoch")
@@ -51,7 +51,8 @@ def draw_curve(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> Non
     write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
 
-def _running_mean(values: Sequence[float]) -> list[float]:
+def running_mean(values: Sequence[float]) -> list[float]:
+    """Means over the last 1/``SMOOTHING`` of the values, of each place."""
     window = max(1, len(values) // SMOOTHING)
     means = []
     for end in range(1, len(values) + 1):

@@ -12,14 +12,13 @@ import os
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mocosfl.config import Config, setting_names
+from mocosfl.config import Config, by_name
 from mocosfl.errors import MocosflError
 from mocosfl.footprint import traffic
 from mocosfl.footprint.plan import Plan
@@ -213,8 +212,7 @@ class Reader:
     def __post_init__(self) -> None:
         self.run = Run.open(self.path)
         self.metrics = Metrics(self.run.metrics_file)
-        config = self.run.config
-        self.settings = {name: reduce(getattr, name.split("."), config) for name in setting_names()}
+        self.settings = by_name(self.run.config)
 
     def read(self) -> Contents:
         """The folder as it is now.
