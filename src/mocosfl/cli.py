@@ -82,7 +82,7 @@ class EvaluateArguments:
     seed: int | None = None
     """Of probe, labelled images, fine-tuning and views. Unset: the run's, or 0."""
     arch: str | None = None
-    """Of a ResNet of others: resnet18, resnet34 or resnet50."""
+    """Of a ResNet of others: resnet18, resnet34, resnet50 and so on."""
     size: int | None = None
     """Height and width of its images in pixels."""
     mean: tuple[float, ...] = ()

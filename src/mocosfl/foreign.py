@@ -49,7 +49,7 @@ def load_resnet(
 
     Args:
         path: the file.
-        arch: resnet18, resnet34 or resnet50.
+        arch: resnet18, resnet34, resnet50 and so on, as ``model.backbone``.
         size: height and width of the images in pixels.
         mean, std: of each channel, for images in [0, 1], as the network was trained with.
         stem: how it begins: 224 with a 7x7 convolution of stride 2 and max-pooling, 32 with a 3x3 convolution of stride
@@ -72,23 +72,25 @@ def load_resnet(
     if path.name == "torchvision.safetensors" and beside.exists() and not any(given.values()):
         try:
             facts = json.loads(beside.read_text(encoding="utf-8"))
-            settings, size, mean, std = _settings_of(facts), int(facts["size"]), facts["mean"], facts["std"]
+            settings, channels = _settings_of(facts), int(facts["conv1"]["in_channels"])
+            size, mean, std = int(facts["size"]), facts["mean"], facts["std"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{beside} cannot be read: {error!r}") from error
         prefix = ""
     else:
         if arch not in BLOCKS:
             raise SettingError(f"arch={arch}: {path} needs one of {', '.join(BLOCKS)}")
-        if size is None:
-            raise SettingError(f"size: {path} does not say how many pixels a side its images have; such as --size 32")
-        prefix = _prefix(path, weights) if prefix is None else prefix
-        first = weights.get(prefix + FIRST)
-        if first is None or first.ndim != 4:
-            raise SettingError(f"prefix={prefix}: {path} has no convolution {prefix}{FIRST}; {_names(weights)}")
+        if size is None or size < 4:
+            raise SettingError(f"size={size or 'unset'}: {path} does not say how many pixels a side its images have")
+        prefix = _prefix(path, weights, prefix)
+        first = weights[prefix + FIRST]
+        if first.ndim != 4:
+            raise SettingError(f"{path}: {prefix}{FIRST} of shape {tuple(first.shape)} is no filter of a convolution")
         stem = stem or ("224" if first.shape[-1] == 7 else "32")
         kind: dict[str, Any] = {"backbone": arch, "width": len(first), "stem": stem}
-        settings = ModelSettings(**kind, client_norm="batch", server_norm="batch")
-    channels = int(weights[prefix + FIRST].shape[1])
+        settings, channels = ModelSettings(**kind, client_norm="batch", server_norm="batch"), int(first.shape[1])
+        if channels not in (1, 3):
+            raise SettingError(f"{path}: the network takes images of {channels} channels; accepted are 1 and 3")
     for name, numbers in (("mean", mean), ("std", std)):
         if len(numbers) != channels:
             raise SettingError(
@@ -162,18 +164,21 @@ def _gather(values: Any, name: str, found: dict[str, Tensor]) -> None:
             _gather(value, f"{name}.{key}" if name else str(key), found)
 
 
-def _prefix(path: Path, weights: dict[str, Tensor]) -> str:
+def _prefix(path: Path, weights: dict[str, Tensor], wanted: str | None) -> str:
+    """What stands before the names of the ResNet; the wanted prefix may leave out what a checkpoint puts before it."""
     ends = [name.removesuffix(SECOND) for name in weights if name.endswith(SECOND)]
-    prefixes = [prefix for prefix in ends if prefix + FIRST in weights]
-    if not prefixes:
-        raise SettingError(f"{path} holds no ResNet with weights {FIRST}, {SECOND} and so on; {_names(weights)}")
-    if len(prefixes) > 1:
-        raise SettingError(f"{path} holds {len(prefixes)} ResNets; choose one of the prefixes {', '.join(prefixes)}")
-    return prefixes[0]
-
-
-def _names(weights: dict[str, Tensor]) -> str:
-    return f"it holds {_some(list(weights))}" if weights else "it holds no tensor"
+    there = [prefix for prefix in ends if prefix + FIRST in weights]
+    if not there:
+        names = _some(list(weights)) or "no tensor"
+        raise SettingError(f"{path} holds no ResNet with weights {FIRST}, {SECOND} and so on; it holds {names}")
+    fit = [prefix for prefix in there if wanted is None or f".{prefix}".endswith(f".{wanted}")]
+    if wanted in fit:
+        return wanted
+    if not fit:
+        raise SettingError(f"prefix={wanted}: {path} has {', '.join(there)}")
+    if len(fit) > 1:
+        raise SettingError(f"prefix={wanted or 'unset'}: {path} holds several ResNets; choose one of {', '.join(fit)}")
+    return fit[0]
 
 
 def _some(names: Sequence[str]) -> str:
@@ -198,9 +203,9 @@ def _fill(encoder: Encoder, weights: dict[str, Tensor], path: Path) -> None:
         wrong.append(f"missing are {_some(missing)}")
     if unexpected := [name for name in weights if name not in places]:
         wrong.append(f"unexpected are {_some(unexpected)}")
-    for name in places.keys() & weights.keys():
-        if places[name].shape != weights[name].shape:
-            wrong.append(f"{name} has shape {tuple(weights[name].shape)}, expected {tuple(places[name].shape)}")
+    both = [(name, tuple(weights[name].shape), tuple(to.shape)) for name, to in places.items() if name in weights]
+    if other := [f"{name} has {found}, not {wanted}" for name, found, wanted in both if found != wanted]:
+        wrong.append(f"of other shapes are {_some(other)}")
     if wrong:
         stem = encoder.settings.stem
         raise SettingError(f"{path} does not fit {encoder.settings.backbone} with stem {stem}: {'; '.join(wrong)}")
