@@ -49,7 +49,7 @@ def stripes() -> tuple[ImageSet, ImageSet]:
 
 def test_it_learns_from_few_labels_and_leaves_the_encoder_as_it_was(stripes: tuple[ImageSet, ImageSet]) -> None:
     train, test = stripes
-    encoder = Encoder(ModelSettings(width=4, server_norm="batch"), 1, 8, seed=1).eval()
+    encoder = Encoder(ModelSettings(width=4), 1, 8, seed=1).eval()
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     rows = labelled_rows(train.labels, 0.5, 0)
 
