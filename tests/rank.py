@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from mocosfl.baselines import held_by_clients
 from mocosfl.clients import FrozenCohort, LocalCohort
 from mocosfl.config import Config
 from mocosfl.data.images import ImageSet
@@ -59,15 +60,16 @@ def train(changes: dict, steps: int, world: World, state: dict | None = None) ->
     model = build(config.model, 3, 8, config.seed)
     head = build_head(config.model.head, model.features, config.seed)
     held = partition(config.partition, config.clients.number, np.arange(IMAGES), None, None, config.seed)
-    server = Server(model.server, head, config, WIDTHS[config.model.head], CPU, world)
-    for module in (model.client, server.online, server.momentum, server.queue):
+    half, rest = held_by_clients(config, model.client, model.server, head)
+    server = Server(*rest, config, WIDTHS[config.model.head], CPU, world)
+    for module in (half, server.online, server.momentum, server.queue):
         module.double()
     sampler = ClientSampler(held, config.seed)
     defence = defence_of(config, model.latent_shape, pixels.shape[1:], CPU, world)
     if isinstance(defence, ResSFL):
         defence.decoder.double()
     kind = FrozenCohort if config.clients.frozen else LocalCohort
-    cohort = kind(model.client, config, ImageSet(pixels), sampler, MEAN, STD, CPU, world, defence)
+    cohort = kind(half, config, ImageSet(pixels), sampler, MEAN, STD, CPU, world, defence)
     log = Log(steps)
     trainer = Trainer(config, cohort, server, IMAGES, [log], world)
     if state is not None:

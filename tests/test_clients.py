@@ -3,6 +3,7 @@
 import copy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from mocosfl.data.augment import normalise
 from mocosfl.data.images import ImageSet
 from mocosfl.data.partition import Partition
 from mocosfl.data.sampler import ClientSampler, pool_of_round
+from mocosfl.errors import SettingError
 from mocosfl.models import build
 from mocosfl.models.heads import WIDTHS, build_head
 from mocosfl.rounding import rounded
@@ -105,6 +107,113 @@ def test_equals_a_loop_with_sampled_pools(average_momentum: bool, keep_optimizer
 )
 def test_equals_a_loop_with_other_settings(changes: dict) -> None:
     compare(settings(**changes))
+
+
+@pytest.mark.parametrize("momentum", [True, False])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sync.every": 2},
+        {"clients.pool": 3, "clients.round": 2, "sync.every": 0},
+        {"clients.pool": 3, "clients.round": 4, "sync.every": 3, "clients.keep_optimizer": True},
+        {"model.client_norm": "batch", "clients.pool": 4, "clients.round": 2, "sync.tau": 0.3},
+    ],
+    ids=str,
+)
+def test_equals_a_loop_where_clients_keep_some_of_their_own(changes: dict, momentum: bool) -> None:
+    compare(settings(**{"sync.own": "ema", "sync.momentum": momentum} | changes), steps=11)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"clients.keep_optimizer": True, "sync.momentum": False},
+        {"clients.pool": 4, "clients.round": 4, "sync.every": 3},
+        {"clients.pool": 4, "clients.round": 4, "sync.every": 0, "sync.own": "ema"},
+        {"model.client_norm": "batch", "contrast.both_views": True, "sync.average": "median"},
+        {"clients.rich_share": 0.34, "clients.rich_batch_factor": 3, "sync.own": "ema", "clients.drop": 0.9},
+        {"sync.every": 1, "clients.drop": 0.95, "clients.batch": 1},
+    ],
+    ids=str,
+)
+def test_equals_a_loop_where_clients_drop_out(changes: dict) -> None:
+    config = settings(**{"clients.drop": 0.6} | changes)
+    assert missing(config, 11)
+    compare(config, steps=11)
+
+
+def test_frozen_clients_drop_out_as_others_do() -> None:
+    config = settings(**{"clients.drop": 0.7, "clients.pool": 4, "clients.round": 2})
+    local, still = cohorts(config)[0], frozen(config)
+    sizes = []
+    for step in range(6):
+        if step % 2 == 0:
+            for cohort in (local, still):
+                cohort.activate(pool_of_round(3, step // 2, 6, 4))
+        ours, theirs = local.forward(), still.forward()
+        torch.testing.assert_close(ours.query, theirs.query, atol=2e-5, rtol=1e-4)  # nobody has learned anything yet
+        for name in ("clients", "sizes", "first", "shares"):
+            assert np.array_equal(getattr(ours, name), getattr(theirs, name))
+        sizes.append(len(ours.clients))
+    assert min(sizes) < 4
+    again = frozen(config)
+    again.load_state_dict(copy.deepcopy(still.state_dict()))
+    assert np.array_equal(again.forward().clients, still.forward().clients)
+
+
+def missing(config: Config, steps: int) -> list[int]:
+    """Steps in which somebody is away."""
+    local, _ = cohorts(config)
+    found = []
+    for step in range(steps):
+        local.forward()
+        if not local.present.all():
+            found.append(step)
+    return found
+
+
+class WithPredictor(torch.nn.Module):
+    """A client's network whose predictor is a part of its own."""
+
+    def __init__(self, half: torch.nn.Module, channels: int) -> None:
+        super().__init__()
+        self.client, self.predictor = half, torch.nn.Conv2d(channels, channels, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.predictor(self.client(images))
+
+
+@pytest.mark.parametrize("threshold", [1e-6, 0.018, 1e6])
+@pytest.mark.parametrize("changes", [{"sync.every": 2}, {"clients.pool": 3, "clients.round": 2}], ids=str)
+def test_equals_a_loop_where_clients_keep_their_predictors(
+    changes: dict, threshold: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = build(settings().model, 3, 8, 3)
+    torch.manual_seed(0)
+    whole = WithPredictor(built.client, built.latent_shape[0])
+    monkeypatch.setattr(sys.modules[__name__], "build", lambda *_: SimpleNamespace(client=copy.deepcopy(whole)))
+    compare(settings(**{"sync.own": "predictor", "sync.threshold": threshold} | changes), steps=9)
+
+
+def test_who_keeps_a_predictor_needs_one() -> None:
+    with pytest.raises(SettingError, match=r"sync\.own=predictor: the clients hold no predictor"):
+        cohorts(settings(**{"sync.own": "predictor"}))
+
+
+def test_the_average_is_what_clients_are_to_be_handed() -> None:
+    """Between an average and the next step clients still hold their own; the monitor sees the average."""
+    plain, ema = (cohorts(settings(**{"sync.own": own}))[0] for own in ("none", "ema"))
+    for cohort in (plain, ema):
+        cohort.backward(torch.ones_like(cohort.forward().query) / 100, 0.5)
+        cohort.synchronise()
+    for name, tensor in plain.average().items():
+        torch.testing.assert_close(ema.average()[name], tensor)
+    weight = next(iter(ema.online.weights.values()))
+    assert not torch.equal(weight[0], weight[1])
+    own, average = weight.detach().clone(), plain.average()["stem.0.0.weight"]
+    ema.forward()
+    torch.testing.assert_close(weight.detach(), 0.7 * own + 0.3 * average)
 
 
 RICH = {"clients.rich_share": 0.34, "clients.rich_batch_factor": 3}  # 2 of 6
@@ -266,8 +375,11 @@ def test_backward_needs_a_forward() -> None:
         local.backward(torch.zeros_like(latents.query), 0.1)
 
 
-def test_state_survives_saving() -> None:
-    config = settings(**{"clients.pool": 3, "clients.round": 2, "clients.keep_optimizer": True, "sync.momentum": False})
+@pytest.mark.parametrize(("own", "drop"), [("none", 0), ("ema", 0), ("ema", 0.6)])
+@pytest.mark.parametrize("steps", [5, 6])  # in the middle of a round, and right after an average
+def test_state_survives_saving(own: str, drop: float, steps: int) -> None:
+    kept = {"clients.keep_optimizer": True, "sync.momentum": False, "sync.own": own, "clients.drop": drop}
+    config = settings(**{"clients.pool": 3, "clients.round": 2} | kept)
     first, _ = cohorts(config)
     second, _ = cohorts(config)
 
@@ -279,8 +391,9 @@ def test_state_survives_saving() -> None:
             cohort.backward(latents.key / latents.key.numel(), 0.3)
             if step % 2:
                 cohort.synchronise()
-        return cohort.forward().query
+        return latents.query
 
-    advance(first, 0, 5)
+    for step in range(steps):
+        advance(first, step, step + 1)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
-    assert torch.equal(advance(first, 5, 9), advance(second, 5, 9))
+    assert torch.equal(advance(first, steps, 9), advance(second, steps, 9))

@@ -39,6 +39,17 @@ def test_settings_left_out_take_their_defaults(tmp_path: Path) -> None:
         ({"contrast.feature_sharing": False, "contrast.queue": 50}, r"contrast\.queue=50: without feature sharing"),
         ({"contrast.both_views": True, "contrast.symmetric": False}, r"contrast\.both_views=True: only the symmetric"),
         ({"train.warmup": 1.0}, r"train\.warmup=1\.0: input should be less than 1"),
+        ({"sync.own": "ema", "clients.frozen": True}, r"sync\.own=ema: frozen clients are handed no average"),
+        ({"sync.own": "ema", "sync.tau": 1.5}, r"sync\.tau=1\.5: input should be less than or equal to 1"),
+        ({"clients.pool": 10, "clients.pool_share": 0.1}, r"clients\.pool_share=0\.1: clients\.pool=10 is set too"),
+        ({"clients.pool_share": 1.5}, r"clients\.pool_share=1\.5: input should be less than or equal to 1"),
+        (
+            {"clients.rich_data_share": 0.5},
+            r"clients\.rich_data_share=0\.5: no client is rich; set clients\.rich_share",
+        ),
+        ({"clients.drop": 1.0}, r"clients\.drop=1\.0: input should be less than 1"),
+        ({"clients.drop": 0.1, "traffic.loss_threshold": 1}, r"clients\.drop=0\.1: traffic\.loss_threshold keeps the"),
+        ({"partition.quantity_skew": 0.5}, r"partition\.quantity_skew=0\.5: partition\.kind=classes gives all"),
         ({"seed": -1}, r"seed=-1: input should be greater"),
     ],
     ids=str,
@@ -87,3 +98,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_settings_cannot_be_changed_by_accident() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Config().seed = 3
+
+
+@pytest.mark.parametrize(("share", "number", "pool"), [(0.1, 1000, 100), (1, 7, 7), (0.25, 10, 2), (0.001, 100, 1)])
+def test_the_pool_may_be_a_share_of_the_clients(share: float, number: int, pool: int) -> None:
+    config = Config().updated({"clients.pool_share": share, "clients.number": number})
+    assert config.pool == pool
+    assert config.step_images == pool

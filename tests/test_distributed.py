@@ -63,11 +63,30 @@ CASES = {
         {"clients.rich_share": 0.3, "clients.rich_batch_factor": 3, "contrast.both_views": True},
         {"clients.frozen": True},
         {"sync.average": "median", "clients.pool": 5, "clients.round": 3},
+        {"contrast.objective": "simclr", "contrast.both_views": True, "model.server_norm": "batch"},
+        {
+            "contrast.objective": "mocov3",
+            "contrast.predictor": 16,
+            "contrast.feature_sharing": False,
+            "clients.batch": 2,
+        },
+        {
+            "clients.holds": "network",
+            "clients.batch": 4,
+            "clients.lr_scale": "per_client_mean",
+            "contrast.objective": "byol",
+            "contrast.predictor": 16,
+            "contrast.both_views": True,
+            "contrast.feature_sharing": False,
+        },
+        {"sync.own": "ema", "clients.pool": 5, "clients.round": 3, "clients.drop": 0.5},
+        {"clients.drop": 0.9, "clients.rich_share": 0.3, "clients.rich_batch_factor": 3, "sync.every": 3},
         {"defence.kind": "ressfl", "ressfl.ssim_target": -1, "ressfl.blocks": 1, "ressfl.channels": 8},
     ],
     4: [
         {"clients.pool": 5, "clients.round": 3},
         {"sync.every": 1, "model.cut": 3},
+        {"clients.drop": 0.9, "sync.every": 3},
     ],
 }
 
@@ -186,6 +205,9 @@ def children(pid: int) -> list[int]:
 def test_every_process_needs_a_client() -> None:
     config = Config().updated({"clients.number": 3, "partition.kind": "iid"})
     federation = federate(config.updated({"data.images": 100, "data.channels": 1}), lambda _: None)
+    own = config.updated({"clients.drop": 0.5, "contrast.feature_sharing": False})
+    with pytest.raises(SettingError, match=r"clients\.drop=0\.5: with queues of the clients' own .* needs one process"):
+        build(own, federation, torch.device("cpu"), World(1, 2))
     with pytest.raises(SettingError, match=r"clients\.pool=3: each of the run's 4 processes needs an active client"):
         build(config, federation, torch.device("cpu"), World(3, 4))
 

@@ -194,11 +194,11 @@ def test_images_without_labels_and_encoders_without_images_are_refused(
 
 def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Its defaults are the run's settings; what it prints is what it writes."""
-    assert main(["evaluate", str(run), "--map", "tsne", "--evaluation.probe-l2", "0.01"]) == 0
+    assert main(["evaluate", str(run), "--map", "tsne", "--evaluation.probe-penalty", "0.01"]) == 0
     printed = capsys.readouterr().out
     figures = json.loads((run / "evaluation.json").read_text())
     assert figures["how"]["settings"]["probe_epochs"] == 3
-    assert figures["how"]["settings"]["probe_l2"] == 0.01
+    assert figures["how"]["settings"]["probe_penalty"] == 0.01
     assert re.search(rf"linear probe by L-BFGS +{figures['logistic_probe']:.2f} %", printed)
     assert f"alignment {figures['alignment']:.4f}, uniformity {figures['uniformity']:.4f}" in printed
     assert (run / "evaluation.png").exists()

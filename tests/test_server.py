@@ -8,6 +8,7 @@ from torch import nn
 
 from mocosfl.clients import Latents
 from mocosfl.config import Config
+from mocosfl.contrast import Batch
 from mocosfl.server import Server
 
 CPU = torch.device("cpu")
@@ -133,3 +134,50 @@ def test_state_survives_saving() -> None:
     assert torch.equal(loss[0], loss[1])
     for a, b in zip(first.online.parameters(), second.online.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("objective", ["moco", "mocov3", "simclr", "byol"])
+@pytest.mark.parametrize("sharing", [True, False])
+def test_every_objective_trains_server_and_clients(objective: str, sharing: bool) -> None:
+    """Loss and gradient of a step are those of the objective on plain outputs; the momentum copy has no predictor."""
+    changes = {"contrast.objective": objective, "contrast.predictor": 7, "contrast.feature_sharing": sharing}
+    server = make(**changes, **{"contrast.both_views": True, "contrast.momentum": 0.5})
+    batch = latents(2)
+    online, momentum = copy.deepcopy(server.online), copy.deepcopy(server.momentum)
+    learned = dict(online.named_parameters())
+    for name, m in momentum.named_parameters():
+        m.data = 0.5 * m.data + 0.5 * learned[name].data
+    query = batch.query.clone().requires_grad_()
+    q = online(query.flatten(0, 1)).unflatten(0, (2, -1))
+    k = momentum(batch.key.flatten(0, 1)).unflatten(0, (2, -1)).detach()
+    negatives = server.queue.keys[0] if sharing else server.queue.keys
+    clients = None if sharing else torch.arange(3).repeat_interleave(2)
+    loss = server.objective(Batch(q, k, negatives.clone(), clients))[0].sum() / 6
+    gradients, metrics = server.step(batch, lr=0.1)
+    torch.testing.assert_close(metrics["loss"], loss.detach())
+    torch.testing.assert_close(gradients, torch.autograd.grad(loss, query)[0])
+    assert len(server.online) == (3 if objective in ("mocov3", "byol") else 2)
+    assert len(server.momentum) == 2
+    fresh = make(**changes, **{"contrast.both_views": True, "contrast.momentum": 0.5})
+    fresh.load_state_dict(copy.deepcopy(server.state_dict()))
+    assert torch.equal(*(each.step(copy.deepcopy(batch), 0.1)[1]["loss"] for each in (server, fresh)))
+
+
+def test_without_concatenation_the_server_takes_a_step_for_each_client() -> None:
+    together, apart = (make(**{"contrast.concatenate": False, "contrast.queue": 20}) for _ in range(2))
+    batch = latents()
+    losses, gradients = [], []
+    for client in range(3):
+        piece, one = slice(2 * client, 2 * client + 2), np.array([2])
+        alone = Latents(
+            batch.query[:, piece].clone(), batch.key[:, piece], np.array([client]), one, np.zeros(1, np.int64), (2,)
+        )
+        gradient, metrics = apart.step(alone, 0.1)
+        losses.append(metrics["loss"])
+        gradients.append(gradient)
+    found, metrics = together.step(batch, 0.1)
+    assert torch.equal(found, torch.cat(gradients, dim=1))
+    assert float(metrics["loss"]) == pytest.approx(float(torch.stack(losses).mean()))
+    for a, b in zip(together.online.parameters(), apart.online.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(together.queue.keys, apart.queue.keys)

@@ -7,7 +7,17 @@ import torch
 from torch import Tensor
 
 from mocosfl.config import SyncSettings
-from mocosfl.sync import averaging, coordinate_median, divergence, fedavg, trimmed_mean
+from mocosfl.sync import (
+    averaging,
+    coordinate_median,
+    distance,
+    divergence,
+    fedavg,
+    mixed,
+    own_shares,
+    scale,
+    trimmed_mean,
+)
 
 
 def test_weighted_by_images() -> None:
@@ -68,15 +78,20 @@ ROBUST = [coordinate_median, partial(trimmed_mean, share=0.2)]
 def test_divergence_of_a_hand_made_case() -> None:
     """Two clients, one at a distance of 3 and 4 from the average in its two blocks, whose lengths are 6 and 8."""
     means = {"stem.weight": torch.tensor([6.0]), "stage.0.weight": torch.tensor([[0.0, 8.0]])}
+    means["stage.0.bias"] = torch.tensor([0.0])
     deviations = {
         "stem.weight": torch.tensor([[3.0], [0.0]]),
-        "stage.0.weight": torch.tensor([[[4.0, 0.0]], [[0.0, 0.0]]]),
+        "stage.0.weight": torch.tensor([[[2.0, 0.0]], [[0.0, 0.0]]]),
+        "stage.0.bias": torch.tensor([[math.sqrt(12)], [0.0]]),  # 4 away, together with the weight
     }
     found = divergence(deviations, means)
-    assert {name: ratios.tolist() for name, ratios in found.items()} == {
+    assert {name: pytest.approx(ratios.tolist()) for name, ratios in found.items()} == {
         "divergence": [0.5, 0.0],
         "divergence/stem": [0.5, 0.0],
         "divergence/stage": [0.5, 0.0],
+        "divergence_l2/stem": [3.0, 0.0],
+        "divergence_l2/stage.0": [4.0, 0.0],
+        "divergence_l2": [7.0, 0.0],  # a sum over layers (eq. 4), not the length of all together
     }
     nothing = divergence({"a.b": torch.zeros(3, 2)}, {"a.b": torch.zeros(2)})
     assert nothing["divergence"].tolist() == [0, 0, 0]  # and not 0 / 0
@@ -120,3 +135,40 @@ def test_the_setting_names_the_average() -> None:
         (SyncSettings(average="trimmed_mean", trim=0.3), trimmed_mean(stack, weights, 0.3)),
     ):
         torch.testing.assert_close(averaging(settings)(stack, weights), expected)
+
+
+NETWORKS = {  # of three clients; the average is zero
+    "client.weight": torch.tensor([[[3.0, 0.0]], [[0.0, 0.0]], [[0.3, 0.0]]]),
+    "client.bias": torch.tensor([[4.0], [0.0], [0.4]]),
+    "server.weight": torch.tensor([[[0.0, 1.0]], [[0.0, 0.0]], [[0.0, 0.1]]]),
+    "predictor.weight": torch.tensor([[[100.0]], [[100.0]], [[100.0]]]),
+}
+AVERAGE = {name: torch.zeros(stack.shape[1:]) for name, stack in NETWORKS.items()}
+
+
+def test_fedema_in_numbers() -> None:
+    """Three clients whose encoders are sqrt(26), 0 and sqrt(0.26) from the average, and their predictors far off."""
+    ema = SyncSettings(own="ema", tau=0.7)
+    far = distance(ema, NETWORKS, AVERAGE)
+    torch.testing.assert_close(far, torch.tensor([math.sqrt(26), 0, math.sqrt(0.26)]))
+    scales = scale(ema, far)
+    torch.testing.assert_close(scales, torch.tensor([0.7 / math.sqrt(26), 0, 0.7 / math.sqrt(0.26)]))
+    torch.testing.assert_close(own_shares(ema, scales, far), torch.tensor([0.7, 0, 0.7]))  # tau at the first average
+    torch.testing.assert_close(own_shares(ema, scales, far / 2), torch.tensor([0.35, 0, 0.35]))
+    torch.testing.assert_close(own_shares(ema, scales, far * 3), torch.tensor([1.0, 0, 1.0]))  # no more than all
+    shares, average = torch.tensor([0.7, 0.0, 1.0]), torch.tensor([[10.0, 20.0]])
+    found = mixed(NETWORKS["client.weight"], average, shares)
+    torch.testing.assert_close(found, torch.tensor([[[5.1, 6.0]], [[10.0, 20.0]], [[0.3, 0.0]]]))
+    assert torch.equal(found[1], average)  # exactly
+    assert torch.equal(found[2], NETWORKS["client.weight"][2])
+
+
+def test_fedu_in_numbers() -> None:
+    """The encoder's weights, without biases, are 3 and 1 from the average: 2 in the mean; and a tenth of that."""
+    fedu = SyncSettings(own="predictor", threshold=0.4)
+    far = distance(fedu, NETWORKS, AVERAGE)
+    torch.testing.assert_close(far, torch.tensor([2.0, 0.0, 0.2]))
+    scales = scale(fedu, far)
+    assert own_shares(fedu, scales, far).tolist() == [1, 0, 0]
+    assert own_shares(fedu, scales, far * 3).tolist() == [1, 0, 1]
+    assert own_shares(fedu, torch.zeros(3), far).tolist() == [0, 0, 0]  # none had a part in an average yet

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mocosfl.clients
+from mocosfl.baselines import held_by_clients
 from mocosfl.clients import LocalCohort
 from mocosfl.config import Config
 from mocosfl.data.augment import augment, augmented, normalise, on_device, policy_of
@@ -32,6 +33,18 @@ from naive import NaiveCohort
 
 CPU = torch.device("cpu")
 MEAN, STD = torch.tensor([0.5, 0.4, 0.6]).double(), torch.tensor([0.25, 0.2, 0.3]).double()
+
+
+WHOLE = {
+    "clients.holds": "network",
+    "clients.lr_scale": "per_client_mean",
+    "clients.batch": 4,
+    "contrast.both_views": True,
+    "contrast.feature_sharing": False,
+    "contrast.predictor": 16,
+    "sync.every": 2,
+}
+"""Clients that hold the whole network."""
 
 
 class Losses(Callback):
@@ -61,10 +74,11 @@ def parts(config: Config, images: int = 30):
     model = build(config.model, 3, 8, config.seed)
     head = build_head(config.model.head, model.features, config.seed)
     held = partition(config.partition, config.clients.number, np.arange(images), None, None, config.seed)
-    server = Server(model.server, head, config, WIDTHS[config.model.head], CPU)
-    for module in (model.client, server.online, server.momentum, server.queue):
+    clients_half, rest = held_by_clients(config, model.client, model.server, head)
+    server = Server(*rest, config, WIDTHS[config.model.head], CPU)
+    for module in (clients_half, server.online, server.momentum, server.queue):
         module.double()  # so that rounding does not grow over the steps
-    return ImageSet(pixels), model.client, server, ClientSampler(held, config.seed)
+    return ImageSet(pixels), clients_half, server, ClientSampler(held, config.seed)
 
 
 def run(config: Config, cohort: type = LocalCohort, images: int = 30) -> tuple[list[float], Trainer]:
@@ -163,6 +177,10 @@ def _views_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
         {"sync.every": 2},
         {"sync.every": 3, "clients.pool": 2, "clients.round": 4, "clients.batch": 2},
         {"sync.every": 4, "contrast.feature_sharing": False, "clients.pool": 3},
+        {"sync.every": 2, "contrast.objective": "mocov3", "contrast.predictor": 16},
+        {"sync.every": 2, "contrast.objective": "simclr", "contrast.both_views": True},
+        WHOLE | {"clients.rich_share": 0.34, "clients.rich_batch_factor": 2, "contrast.objective": "byol"},
+        WHOLE | {"clients.pool": 3, "clients.round": 2, "contrast.objective": "simclr"},
     ],
     ids=str,
 )

@@ -241,7 +241,8 @@ class CollapseGuard(Callback):
         self.sums, self.count = {}, 0
         guess = 1 / (trainer.config.contrast.queue + 1)
         ways = 2 if trainer.config.contrast.symmetric else 1
-        guessing = accuracy <= 2 * guess and loss / ways >= 0.95 * -math.log(guess)
+        queue = trainer.config.contrast.objective == "moco"  # the others' losses at guessing depend on the batch
+        guessing = queue and accuracy <= 2 * guess and loss / ways >= 0.95 * -math.log(guess)
         if trainer.step >= max(self.STEPS, self.FROM * trainer.steps) and (spread < self.SPREAD or guessing):
             raise RunError(
                 f"training has collapsed at step {trainer.step}: the features' variance is {spread:.2g} (healthy: "

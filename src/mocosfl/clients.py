@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,15 +20,18 @@ from torch.profiler import record_function
 
 from mocosfl.compute import autocast, compiled, fusible
 from mocosfl.config import Config
-from mocosfl.contrast import update_momentum
+from mocosfl.contrast import objective_of, update_momentum
 from mocosfl.data.augment import augmented, normalise, on_device, policy_of
 from mocosfl.data.images import ImageSet, upload
 from mocosfl.data.sampler import ClientSampler
 from mocosfl.distributed import World
+from mocosfl.handing import Handing
+from mocosfl.models.heads import WholeNetwork
 from mocosfl.models.side_by_side import SideBySide, Stack
 from mocosfl.privacy.defences import Defence
 from mocosfl.rounding import rounded
 from mocosfl.sync import averaging, divergence, fedavg
+from mocosfl.turnout import Turnout, untouched
 from mocosfl_device.augment import AugmentParameters
 from mocosfl_device.randomness import PROTECT, bits
 
@@ -55,6 +58,21 @@ class Latents:
     first: NDArray[np.int64]
     shares: tuple[int, ...]
     learning: bool = True
+
+    def one_by_one(self) -> Iterator[Latents]:
+        """Those of each client alone, in order; of one process."""
+        stops = self.sizes.cumsum()
+        for place, (size, stop) in enumerate(zip(self.sizes.tolist(), stops.tolist(), strict=True)):
+            piece, one = slice(stop - size, stop), slice(place, place + 1)
+            yield Latents(
+                self.query[:, piece].clone(),
+                self.key[:, piece],
+                self.clients[one],
+                self.sizes[one],
+                self.first[one],
+                (size,),
+                self.learning,
+            )
 
 
 class Stopped(Exception):
@@ -181,12 +199,26 @@ class _Simulated(ABC):
         self.views = Views(config, images, sampler, device, self.world)
         self.mean, self.std = mean.to(device), std.to(device)
         self.pool = np.arange(config.pool)
+        self.turnout = Turnout(config, len(sampler.partition.rows))
+        self.step = 0  # steps that the clients have been asked for
+        self.present = np.ones(config.pool, dtype=bool)  # in the last one
         self.secret = config.seed  # of what a defence draws; a client on another machine has one that nobody knows
         self._set_up(half)
 
     @abstractmethod
     def _set_up(self, half: nn.Module) -> None:
         """Make of the half what the clients compute with."""
+
+    def _draw(self) -> tuple[Tensor, Tensor | None]:
+        """Two views of the images of all active clients, and which rows are of those that are there. None: all are."""
+        self.present = self.turnout.present(self.step, self.pool)
+        self.step += 1
+        views = self.views.draw(self.pool)
+        if self.present.all():
+            return views, None
+        self.sampler.drawn[self.pool] -= self.views.sizes * ~self.present  # who is away has drawn nothing
+        here, sizes = self.present[self.views.seats], self.views.sizes[self.views.seats]
+        return views, upload(np.flatnonzero(np.repeat(here, sizes)), self.device)
 
     def _sent(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Latents as they are sent, (V, n, ...) each, float32: every message of a run is protected anew."""
@@ -201,10 +233,18 @@ class _Simulated(ABC):
 
     def _latents(self, query: Tensor, key: Tensor, learning: bool) -> Latents:
         """Latents as the server takes them, (V, n, ...) each, with whose they are."""
-        clients, sizes = self.pool[self.views.seats], self.views.sizes[self.views.seats]
-        traffic = self.config.traffic
+        here = self.present[self.views.seats]
+        clients, sizes = self.pool[self.views.seats][here], self.views.sizes[self.views.seats][here]
+        shares, traffic = self._shares(), self.config.traffic
         query, key = (rounded(z, traffic.latents, traffic.topk) for z in (query, key))
-        return Latents(query, key, clients, sizes, self.sampler.drawn[clients] - sizes, self.views.shares, learning)
+        return Latents(query, key, clients, sizes, self.sampler.drawn[clients] - sizes, shares, learning)
+
+    def _shares(self) -> tuple[int, ...]:
+        """Images of every process in the last step."""
+        if self.present.all():
+            return self.views.shares
+        parts = [self.world.share(len(self.pool), rank) for rank in range(self.world.size)]
+        return tuple(int((self.views.sizes * self.present)[part].sum()) for part in parts)
 
 
 class LocalCohort(_Simulated):
@@ -224,23 +264,32 @@ class LocalCohort(_Simulated):
         config, device = self.config, self.device
         self.sizes, self.shares = self.views.sizes, self.views.shares
         self.contributed = np.zeros(config.pool, dtype=np.int64)
+        self.away = np.zeros(0, dtype=np.int64)  # clients that were not there in the last step
         self.identical = (
             config.sync.every == 1
+            and config.sync.own == "none"
+            and not config.clients.drop
             and config.sync.average == "fedavg"
             and config.pool == config.clients.number
             and config.model.client_norm == "group"  # BatchNorm would mix the clients' statistics
+            and config.clients.holds == "half"  # and so would the losses of whole networks
             and self.sizes.min() == self.sizes.max()
         )
         self.seats = self.views.seats  # of the pool, those computed by this process
         self.seats_of = self.world.lengths(config.pool)
         seats = [self.shares[self.world.rank]] if self.identical else self.sizes[self.seats].tolist()
         self.online = SideBySide(half, seats, device)
-        self.momentum = SideBySide(half, seats, device, learns=False)
-        self.velocity = {name: torch.zeros_like(p) for name, p in self.momentum.weights.items()}
+        target = half.target if isinstance(half, WholeNetwork) else half
+        self.momentum = SideBySide(target, seats, device, learns=False)
+        self.takes_keys = objective_of(config.contrast).keys
+        self.velocity = {name: torch.zeros_like(p.detach()) for name, p in self.online.weights.items()}
         self.optimizer = self._optimizer()
         self._online, self._momentum = compiled(self.online.forward, config), compiled(self.momentum.forward, config)
+        number, self.handing = config.clients.number, None
+        if config.sync.own != "none":
+            self.handing = Handing(config.sync, number, self._averaged(), self.online.weights)
         self.bank = {
-            group: {name: t[:1].repeat(config.clients.number, *[1] * (t.ndim - 1)) for name, t in stack.items()}
+            group: {name: t[:1].detach().repeat(number, *[1] * (t.ndim - 1)) for name, t in stack.items()}
             for group, stack in self._kept().items()
         }
         self._query: Tensor | None = None
@@ -267,8 +316,11 @@ class LocalCohort(_Simulated):
         kept = {}
         if self.config.clients.keep_optimizer:
             kept["velocity"] = self.velocity
-        if not self.config.sync.momentum:
-            kept["momentum"] = self.momentum.weights | self.momentum.statistics
+        own = self.config.sync.own != "none"
+        if own:  # as it was before the last average was handed out
+            kept["online"] = _numbers(self.online)
+        if own or not self.config.sync.momentum:
+            kept["momentum"] = _numbers(self.momentum)
         return kept
 
     def _everyone(self, stack: Tensor) -> Tensor:
@@ -302,17 +354,28 @@ class LocalCohort(_Simulated):
         if self.config.train.compile != "off":
             torch.compiler.cudagraph_mark_step_begin()  # the last step's tensors may be written over
         config = self.config
-        seen = self.views.draw(self.pool)
+        if self.handing is not None:
+            self.handing.hand_out(self.pool[self.seats])
+        seen, rows = self._draw()
+        self._welcome_back()
         views = normalise(seen, self.mean, self.std)  # (2, n, C, S, S)
         first, second = (views, views.flip(0)) if config.contrast.both_views else (views[:1], views[1:])
-        with record_function("clients: forward"), autocast(self.device, config):
+        running = [stack for stack in self.online.statistics.values() if stack.is_floating_point()]
+        local = [*running, *_numbers(self.momentum).values()]
+        with record_function("clients: forward"), autocast(self.device, config), untouched(local, self._empty_seats()):
             query = self._online(first)
-            update_momentum(self.momentum.weights.values(), self.online.weights.values(), config.contrast.momentum)
-            with torch.no_grad():
-                key = self._momentum(second)
+            if self.takes_keys:
+                online = [self.online.weights[name] for name in self.momentum.weights]
+                update_momentum(self.momentum.weights.values(), online, config.contrast.momentum)
+                with torch.no_grad():
+                    key = self._momentum(second)
+            else:  # nobody looks at them
+                key = query.detach()
+        if rows is not None:
+            query, key, seen = (t.index_select(1, rows) for t in (query, key, seen))
         query, key = self._sent(query, key)
         self._query, self._seen = query, seen[: len(first)] if self.defence.has_loss else None
-        self.contributed += self.sizes
+        self.contributed = np.where(self.present, self.contributed + self.sizes, 0)
         return self._latents(query.detach(), key, learning=True)
 
     def backward(self, gradients: Tensor, lr: float) -> dict[str, Tensor]:
@@ -335,55 +398,95 @@ class LocalCohort(_Simulated):
                 torch._foreach_div_(grads, len(self.pool))
                 self.world.add(grads)
             self.optimizer.param_groups[0]["lr"] = lr
-            self.optimizer.step()
+            with untouched([*self.online.weights.values(), *self.velocity.values()], self._empty_seats()):
+                self.optimizer.step()
             self.optimizer.zero_grad()
         return self.defence.metrics
 
+    def _empty_seats(self) -> NDArray[np.int64]:
+        """Of this process's seats, those whose clients are away."""
+        return np.flatnonzero(~self.present[self.seats])
+
+    @torch.no_grad()
+    def _welcome_back(self) -> None:
+        """Who has been away starts its SGD momentum from zero, unless ``clients.keep_optimizer``."""
+        back = np.isin(self.pool, self.away) & self.present
+        self.away = self.pool[~self.present]
+        seats = np.flatnonzero(back[self.seats])
+        if len(seats) and not self.config.clients.keep_optimizer:
+            rows = upload(seats, self.device)
+            for velocity in self.velocity.values():
+                velocity[rows] = 0
+
     def _weights(self, views: int) -> Tensor:
         """Of every image of this process in the clients' loss, as ``clients.lr_scale`` says: (views * n,)."""
-        sizes = self.sizes[self.seats]
+        sizes = self.sizes[self.seats][self.present[self.seats]]
         whole = self.config.clients.lr_scale == "batch_mean"
-        of = np.full(len(sizes), self.sizes.sum()) if whole else sizes
+        of = np.full(len(sizes), self.sizes[self.present].sum()) if whole else sizes
         return upload(np.repeat(1 / of, sizes).astype(np.float32), self.device).repeat(views) / views
 
     @torch.no_grad()
     def synchronise(self) -> dict[str, Tensor]:
         """Average the online halves, and the momentum halves too if ``sync.momentum``; see ``Cohort.synchronise``.
 
-        Nothing is known of divergence where one half stands for all.
+        Nothing is known of divergence where one half stands for all. Where clients keep some of their own, they are
+        handed the average with their next step, so that those that come from outside the pool are too.
         """
         with record_function("clients: synchronise"):
-            halves = [self.online, self.momentum] if self.config.sync.momentum else [self.online]
-            stacks = [t for half in halves for t in (half.weights | half.statistics).values() if t.is_floating_point()]
-            means = self._means(stacks)
-            apart = {} if self.identical else self._divergence(means)
-            for stack, mean in zip(stacks, means, strict=True):
-                stack.copy_(mean.expand_as(stack))
+            stacks = self._averaged()
+            means = dict(zip(stacks, self._means(list(stacks.values())), strict=True))
+            if self.handing is not None:
+                return self._keep_own(self.handing, means)
+            apart = {} if self.identical else self._divergence(means, in_place=True)
+            for name, stack in stacks.items():
+                stack.copy_(means[name].expand_as(stack))
             self.contributed[:] = 0
         return apart
 
-    def _divergence(self, means: list[Tensor]) -> dict[str, Tensor]:
-        """Of the online weights from their averages, the first of ``means``; leaves the deviations in the weights."""
+    def _averaged(self) -> Stack:
+        """What is averaged: the online halves, and the momentum halves too if ``sync.momentum``."""
+        halves = {"online": self.online} | ({"momentum": self.momentum} if self.config.sync.momentum else {})
+        return {f"{kind}.{name}": stack for kind, half in halves.items() for name, stack in _numbers(half).items()}
+
+    def _keep_own(self, handing: Handing, means: Stack) -> dict[str, Tensor]:
+        """Note the averages, to be handed out with the next step."""
+        apart = self._divergence(means, in_place=False)
+        part = np.flatnonzero(self.contributed)
+        far = self._everyone(handing.distances(means))[upload(part, self.device)]
+        shares = handing.note(means, self.pool[part], far)
+        self.contributed[:] = 0
+        return apart | {"own_share": shares.mean()}
+
+    def _divergence(self, means: Stack, in_place: bool) -> dict[str, Tensor]:
+        """Of the online weights from their averages; in place, the deviations are left in the weights."""
         weights = self.online.weights
-        of = dict(zip(weights, means, strict=False))
-        for name, stack in weights.items():
-            stack.sub_(of[name])  # in place: the weights are about to be replaced
-        apart = divergence(weights, of)
-        total = torch.stack([clients.sum() for clients in apart.values()]) / len(self.pool)
+        of = {name: means[f"online.{name}"] for name in weights}
+        off = {name: stack.sub_(of[name]) if in_place else stack - of[name] for name, stack in weights.items()}
+        apart = divergence(off, of)
+        part = self._images() > 0
+        here = upload(part[self.seats], self.device)
+        total = torch.stack([(clients * here).sum() for clients in apart.values()]) / part.sum()
         self.world.add([total])
         return dict(zip(apart, total, strict=True))
+
+    def _images(self) -> NDArray[np.int64]:
+        """Images that each active client has contributed since the last average; all alike if nobody has yet, (P,)."""
+        return self.contributed if self.contributed.any() else np.ones_like(self.contributed)
 
     def _means(self, stacks: list[Tensor]) -> list[Tensor]:
         """Averages over the pool, weighted by the images contributed since the last one."""
         if self.identical:
             return [stack[0] for stack in stacks]
-        images = self.contributed if self.contributed.any() else np.ones_like(self.contributed)
+        images = self._images()
         if self.config.sync.average != "fedavg":  # no sum of the processes' parts
             combine, everyone = averaging(self.config.sync), upload(images.astype(np.float32), self.device)
             return [combine(self._everyone(stack), everyone) for stack in stacks]
         own = images[self.seats]
         weights = upload(own.astype(np.float32), self.device)
-        means = [fedavg(stack, weights) * (own.sum() / images.sum()) for stack in stacks]
+        if own.any():
+            means = [fedavg(stack, weights) * (own.sum() / images.sum()) for stack in stacks]
+        else:  # all that this process computes are away
+            means = [torch.zeros_like(stack[0]) for stack in stacks]
         self.world.add(means)
         return means
 
@@ -394,9 +497,12 @@ class LocalCohort(_Simulated):
 
     def _average(self, side: SideBySide) -> dict[str, Tensor]:
         half = side.weights | side.statistics
-        averaged = [name for name, stack in half.items() if stack.is_floating_point()]
-        means = self._means([half[name] for name in averaged])
+        averaged = list(_numbers(side))
         counters = {name: stack[0] for name, stack in half.items()}  # of batches: alike on all clients
+        if self.handing is not None and self.handing.owed and (side is self.online or self.config.sync.momentum):
+            kind = "online" if side is self.online else "momentum"  # the halves are still the clients' own
+            return counters | {name: self.handing.average[f"{kind}.{name}"].clone() for name in averaged}
+        means = self._means([half[name] for name in averaged])
         return counters | dict(zip(averaged, means, strict=True))
 
     @torch.no_grad()
@@ -437,8 +543,11 @@ class LocalCohort(_Simulated):
             for group, stack in self._stacks().items()
         } | {
             "bank": self.bank,
+            "handing": None if self.handing is None else self.handing.state_dict(),
             "pool": torch.from_numpy(self.pool),
             "contributed": torch.from_numpy(self.contributed),
+            "away": torch.from_numpy(self.away),
+            "step": self.step,
             "drawn": torch.from_numpy(self.sampler.drawn),
             "defence": self.defence.state_dict(),
         }
@@ -452,10 +561,18 @@ class LocalCohort(_Simulated):
         for group, stack in self.bank.items():
             for name, tensor in stack.items():
                 tensor.copy_(state["bank"][group][name])
+        if self.handing is not None:
+            self.handing.load_state_dict(state["handing"])
         self.pool = state["pool"].numpy().copy()
         self.contributed = state["contributed"].numpy().copy()
+        self.away, self.step = state["away"].numpy().copy(), state["step"]
         self.sampler.drawn = state["drawn"].numpy().copy()
         self.defence.load_state_dict(state["defence"])
+
+
+def _numbers(side: SideBySide) -> Stack:
+    """Weights and statistics, but not counters: those of batches are alike on all clients, and nobody's own."""
+    return {name: stack for name, stack in (side.weights | side.statistics).items() if stack.is_floating_point()}
 
 
 class FrozenCohort(_Simulated):
@@ -480,7 +597,10 @@ class FrozenCohort(_Simulated):
         """Draw images, make two views, run the half on them; see ``Cohort.forward``."""
         if self.config.train.compile != "off":
             torch.compiler.cudagraph_mark_step_begin()
-        views = normalise(self.views.draw(self.pool), self.mean, self.std)
+        views, rows = self._draw()
+        if rows is not None:
+            views = views.index_select(1, rows)
+        views = normalise(views, self.mean, self.std)
         with record_function("clients: forward"), autocast(self.device, self.config):
             latents = self._half(views.flatten(0, 1)).unflatten(0, (2, -1))
         return self._latents(*self._sent(latents[:1], latents[1:]), learning=False)
@@ -510,11 +630,12 @@ class FrozenCohort(_Simulated):
         return {
             "half": self.half.state_dict(),
             "pool": torch.from_numpy(self.pool),
+            "step": self.step,
             "drawn": torch.from_numpy(self.sampler.drawn),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state_dict``'s result."""
         self.half.load_state_dict(state["half"])
-        self.pool = state["pool"].numpy().copy()
+        self.pool, self.step = state["pool"].numpy().copy(), state["step"]
         self.sampler.drawn = state["drawn"].numpy().copy()

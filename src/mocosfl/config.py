@@ -6,6 +6,7 @@ unless the sentence beside a setting says otherwise.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -47,8 +48,8 @@ class DataSettings(Settings):
     group = "data"
 
     source: str = "digits"
-    """digits, cifar10, cifar100, svhn, stl10, tiny-imagenet, any Hugging Face hub id, a parquet file or folder,
-    or a folder of images (class sub-folders, or flat and unlabelled)."""
+    """digits, cifar10, cifar100, svhn, stl10, tiny-imagenet, imagenet12, any Hugging Face hub id, a parquet file or
+    folder, or a folder of images (class sub-folders, or flat and unlabelled)."""
     size: Annotated[int, Field(ge=4, le=512)] | None = None
     """Height and width in pixels. Unset: the size of the first image, at most 224. Others are resized and cropped."""
     channels: Literal[1, 3] = 3
@@ -59,6 +60,12 @@ class DataSettings(Settings):
     """Name of the training split, in hub ids and local folders."""
     test_split: str | None = None
     """Name of the test split. Unset: test, validation, valid or val, whichever exists first."""
+    label_split: str | None = None
+    """Split whose labelled images evaluation compares with, where the training split has no labels: train, with
+    train_split=unlabeled of stl10. Unset: the training split."""
+    classes: tuple[str, ...] | None = None
+    """Use the images of these classes alone, by name; the first of several names is enough. imagenet12 stands for its
+    twelve (docs/data.md). Unset: all."""
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the images set aside as test set, class by class, where the source has no test split."""
     held_out: Share = 0.05
@@ -85,6 +92,18 @@ class PartitionSettings(Settings):
     """Classes that one client holds, with kind classes."""
     alpha: Annotated[float, Field(gt=0)] = 0.5
     """Concentration of kind dirichlet: the smaller, the more one-sided the clients."""
+    quantity_skew: Annotated[float, Field(gt=0)] | None = None
+    """Concentration of the symmetric Dirichlet distribution that the clients' shares of all images are drawn from: the
+    smaller, the more unequal their numbers (quantity skew; Li et al., 2022). With iid and dirichlet. Unset: none."""
+
+    @model_validator(mode="after")
+    def _volumes_agree(self) -> Self:
+        if self.quantity_skew is not None and self.kind == "classes":
+            raise ValueError(
+                f"partition.quantity_skew={self.quantity_skew:g}: partition.kind=classes gives all clients equal "
+                "volume; accepted with it are iid and dirichlet"
+            )
+        return self
 
 
 class AugmentSettings(Settings):
@@ -153,14 +172,20 @@ class ModelSettings(Settings):
 
 
 class ContrastSettings(Settings):
-    """The contrast on the server (MoCo)."""
+    """What the server makes of the latents of one step (published: MoCo)."""
 
     group = "contrast"
 
+    objective: str = "moco"
+    """moco: InfoNCE against a queue of keys (v1 and v2 differ in model.head and augment.policy). mocov3: against the
+    other keys of the batch, behind a predictor. simclr: NT-Xent over both views of the batch, no momentum copy. byol:
+    the distance of prediction and key, no negatives. FILE.py:NAME: a class of your own (docs/objectives.md)."""
     queue: Count = 6000
-    """K: keys in the server's queue."""
+    """K: keys in the server's queue, with objective moco."""
     temperature: Annotated[float, Field(gt=0)] = 0.1
-    """T of the InfoNCE loss."""
+    """T of the loss; byol has none."""
+    predictor: Count = 1024
+    """Hidden width of the predictor, with objectives mocov3 and byol: linear, BatchNorm, ReLU, linear."""
     momentum: Annotated[float, Field(ge=0, le=1)] = 0.99
     """tau: the momentum copies keep this share of themselves each step."""
     symmetric: bool = True
@@ -169,13 +194,27 @@ class ContrastSettings(Settings):
     """Let both views train the client half. Doubles what a client computes and sends; needs symmetric. Measured: no
     gain (docs/experiments.md)."""
     feature_sharing: bool = True
-    """One queue for all clients. Off: every client's keys are its own only negatives, K / N keys each."""
+    """One queue for all clients, and negatives from all of them. Off: every client's keys are its own only negatives;
+    with a queue, K / N keys each."""
+    concatenate: bool = True
+    """One step on the concatenated latents of all clients (vector concatenation). Off: the server takes a step for each
+    client, one after another, as in split learning without it."""
 
     @model_validator(mode="after")
-    def _both_views_needs_symmetric(self) -> Self:
+    def _objective_fits(self) -> Self:
+        if self.objective not in OBJECTIVES and not re.fullmatch(r".+\.py:\w+", self.objective):
+            raise ValueError(
+                f"contrast.objective={self.objective}: expected {', '.join(OBJECTIVES)} or FILE.py:NAME of a class of "
+                "your own"
+            )
         if self.both_views and not self.symmetric:
             raise ValueError(
                 "contrast.both_views=True: only the symmetric loss uses both views; set contrast.symmetric=True too"
+            )
+        if self.objective == "simclr" and not self.both_views:
+            raise ValueError(
+                "contrast.objective=simclr: both views train the clients; set contrast.symmetric=True and "
+                "contrast.both_views=True too"
             )
         return self
 
@@ -185,10 +224,16 @@ class ClientSettings(Settings):
 
     group = "clients"
 
+    holds: Literal["half", "network"] = "half"
+    """half: the client half; the server has the rest. network: backbone, head and predictor, and the loss over the
+    client's own images: federated learning without a server half, for the baselines (docs/baselines.md)."""
+
     number: Count = 100
     """N: clients, all with images of their own."""
     pool: Count | None = None
     """Clients active in a round, drawn at random for each round. Unset: all."""
+    pool_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Instead of pool: the share of the clients that is active in a round."""
     round: Count | None = None
     """Steps of a round. Unset: as many as a pass over the average client's images takes."""
     batch: Count = 1
@@ -197,6 +242,11 @@ class ClientSettings(Settings):
     """Share of the clients that are rich: the last ones by number, in the same share in every pool."""
     rich_batch_factor: Count = 1
     """So many times the batch of the others is that of a rich client."""
+    rich_data_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the images that rich clients hold together. Unset: the partition does not tell rich from poor."""
+    drop: Share = 0
+    """Probability that an active client drops out between two averages, before a random step: it sends nothing more,
+    has no part in the average, and is back when that is handed out."""
     lr: Annotated[float, Field(gt=0)] | None = None
     """Learning rate of the client halves. Unset: the server's."""
     lr_scale: Literal["batch_mean", "per_client_mean"] = "batch_mean"
@@ -228,6 +278,15 @@ class SyncSettings(Settings):
     the smallest and largest."""
     trim: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
     """Share of the clients that trimmed_mean leaves out at either end."""
+    own: Literal["none", "ema", "predictor"] = "none"
+    """What a client keeps of its own when it is handed the average. none: nothing. ema: a share mu that grows with its
+    divergence (FedEMA; Zhuang, Wen, Zhang, 2022). predictor: its predictor while the divergence is above threshold
+    (FedU; Zhuang et al., 2021), where clients hold whole networks."""
+    tau: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """With own=ema: what mu is at a client's first average; from then on it is in proportion to the divergence."""
+    threshold: Annotated[float, Field(gt=0)] = 0.4
+    """With own=predictor: the divergence, mean over the encoder's weight matrices and filters of their L2 distance from
+    the average."""
 
 
 class DefenceSettings(Settings):
@@ -246,6 +305,9 @@ class DefenceSettings(Settings):
     nopeek: Annotated[float, Field(gt=0)] = 1.0
     """Weight of the distance correlation in the clients' loss."""
 
+
+OBJECTIVES = ("moco", "mocov3", "simclr", "byol")
+"""Objectives by name (``mocosfl.contrast.objectives``)."""
 
 CodecName = Literal["fp32", "bf16", "int8", "int4", "topk"]
 
@@ -384,7 +446,7 @@ class EvaluationSettings(Settings):
     """Epochs of the linear probe; 0: no probe."""
     probe_lr: Annotated[float, Field(gt=0)] = 0.1
     """Learning rate of the linear probe at its start; it falls to zero along a cosine."""
-    probe_l2: Annotated[float, Field(gt=0)] = 1e-3
+    probe_penalty: Annotated[float, Field(gt=0)] = 1e-3
     """L2 strength of the logistic probe, by L-BFGS: half of this times the sum of the squared weights is added to the
     mean loss. Never chosen on test images."""
     finetune_epochs: Count = 100
@@ -460,6 +522,11 @@ class Config(Settings):
         clients, contrast, model = self.clients, self.contrast, self.model
         if clients.pool is not None and clients.pool > clients.number:
             raise ValueError(f"clients.pool={clients.pool}: there are {clients.number} clients (clients.number)")
+        if clients.pool is not None and clients.pool_share is not None:
+            raise ValueError(
+                f"clients.pool_share={clients.pool_share:g}: clients.pool={clients.pool} is set too; accepted is one "
+                "of the two, the other null"
+            )
         if model.client_norm == "batch" and clients.batch == 1 and not clients.frozen:
             raise ValueError(
                 "model.client_norm=batch: BatchNorm has nothing to average over at clients.batch=1; "
@@ -474,6 +541,16 @@ class Config(Settings):
             raise ValueError(
                 f"clients.rich_batch_factor={clients.rich_batch_factor}: no client is rich; set clients.rich_share too"
             )
+        if clients.rich_data_share is not None and clients.rich_share == 0:
+            raise ValueError(
+                f"clients.rich_data_share={clients.rich_data_share:g}: no client is rich; set clients.rich_share too"
+            )
+        if clients.drop and self.recalls:
+            name = f"cache.views={self.cache.views}" if self.cache.views else "traffic.loss_threshold"
+            raise ValueError(
+                f"clients.drop={clients.drop:g}: {name} keeps the latents of all clients, step by step; accepted with "
+                "it is 0"
+            )
         if clients.frozen and self.defence.kind in ("nopeek", "ressfl"):
             raise ValueError(
                 f"defence.kind={self.defence.kind}: a loss changes nothing where clients.frozen=True; accepted with it "
@@ -481,22 +558,76 @@ class Config(Settings):
             )
         if clients.frozen and contrast.both_views:
             raise ValueError("contrast.both_views=True: it doubles what clients learn from, and they are frozen")
+        if clients.frozen and self.sync.own != "none":
+            raise ValueError(
+                f"sync.own={self.sync.own}: frozen clients are handed no average; accepted with clients.frozen=True is "
+                "none"
+            )
         self._check_recalling()
+        self._check_batches()
+        if clients.holds == "network":
+            self._check_whole()
         if self.pretrain.spare_client >= clients.number:
             raise ValueError(
                 f"pretrain.spare_client={self.pretrain.spare_client}: the clients are 0 to {clients.number - 1}"
             )
-        if not contrast.feature_sharing and clients.rich_batch_factor > 1:
+        own_queues = contrast.objective == "moco" and not contrast.feature_sharing
+        if own_queues and clients.rich_batch_factor > 1:
             raise ValueError(
                 f"clients.rich_batch_factor={clients.rich_batch_factor}: needs contrast.feature_sharing=True, because "
                 "the clients' own queues take in equally many keys"
             )
-        if not contrast.feature_sharing and contrast.queue < clients.number:
+        if own_queues and contrast.queue < clients.number:
             raise ValueError(
                 f"contrast.queue={contrast.queue}: without feature sharing each of the {clients.number} clients "
                 "needs at least one key of its own"
             )
         return self
+
+    def _check_batches(self) -> None:
+        """Negatives, and BatchNorm, need more than one image."""
+        clients, contrast = self.clients, self.contrast
+        alone = not contrast.feature_sharing or not contrast.concatenate  # a client's images are a batch of their own
+        least = clients.batch if alone else self.step_images
+        if contrast.objective in ("mocov3", "simclr", "byol") and least < 2:
+            which = "clients.batch" if alone else "clients.batch times the active clients"
+            raise ValueError(
+                f"contrast.objective={contrast.objective}: it compares the images of a batch; {which} must be at "
+                "least 2"
+            )
+        if not contrast.concatenate and self.model.head == "large" and least < 2:
+            raise ValueError(
+                "model.head=large: BatchNorm has nothing to average over at clients.batch=1 with "
+                "contrast.concatenate=False; use another head or a larger batch"
+            )
+
+    def _check_whole(self) -> None:
+        """Of clients that hold the whole network, and share nothing but weights."""
+        contrast, model = self.contrast, self.model
+        needed = {
+            "contrast.feature_sharing": (contrast.feature_sharing, False),
+            "contrast.both_views": (contrast.both_views, contrast.symmetric),
+            "contrast.concatenate": (contrast.concatenate, True),
+            "clients.lr_scale": (self.clients.lr_scale, "per_client_mean"),
+            "clients.frozen": (self.clients.frozen, False),
+            "defence.kind": (self.defence.kind, "none"),
+            "traffic.latents": (self.traffic.latents, "fp32"),
+            "traffic.gradients": (self.traffic.gradients, "fp32"),
+            "traffic.loss_threshold": (self.traffic.loss_threshold, None),
+        }
+        for name, (value, accepted) in needed.items():
+            if value != accepted:
+                raise ValueError(
+                    f"{name}={value}: clients that hold the whole network (clients.holds=network) send nothing but "
+                    f"weights; accepted is {accepted}"
+                )
+        averages = model.client_norm == "batch" or model.server_norm == "batch" or model.head == "large"
+        if averages and self.clients.batch < 2:
+            raise ValueError(
+                f"clients.batch={self.clients.batch}: BatchNorm has nothing to average over on a client that holds the "
+                "whole network; use at least 2, or model.client_norm=group, model.server_norm=group and another "
+                "model.head than large"
+            )
 
     def _check_recalling(self) -> None:
         cache, threshold = self.cache, self.traffic.loss_threshold
@@ -528,6 +659,8 @@ class Config(Settings):
     @property
     def pool(self) -> int:
         """Clients active in a round."""
+        if self.clients.pool_share is not None:
+            return max(1, round(self.clients.pool_share * self.clients.number))
         return self.clients.pool or self.clients.number
 
     @property

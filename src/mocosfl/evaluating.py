@@ -107,7 +107,7 @@ def evaluate(
     with prepared(chosen):
         with own_words() if data else nullcontext():
             # Of a run always by its own seed: by another one, images that it was trained on might become test images.
-            splits = load(images_of, run.config.seed if run else seed, say)
+            splits = load(images_of, run.config.seed if run else seed, say).scored
         encoder.to(chosen)
         images = Labelled.of(splits, chosen)
         if isinstance(images, str):
@@ -185,9 +185,11 @@ def _images_of(
 def _logistic(
     bank: Tensor, queries: Tensor, images: Labelled, settings: EvaluationSettings, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    found = logistic_probe(bank, images.train_labels, queries, images.test_labels, images.classes, settings.probe_l2)
+    found = logistic_probe(
+        bank, images.train_labels, queries, images.test_labels, images.classes, settings.probe_penalty
+    )
     if not found.converged:
-        say(f"logistic probe: not at its minimum after {found.iterations} iterations; raise evaluation.probe_l2")
+        say(f"logistic probe: not at its minimum after {found.iterations} iterations; raise evaluation.probe_penalty")
     return {"logistic_probe": found.accuracy, "logistic_probe_train": found.train_accuracy}
 
 

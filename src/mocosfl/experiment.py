@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import nn
 
+from mocosfl.baselines import held_by_clients
 from mocosfl.callbacks import Checkpoints, CollapseGuard, MetricsLog, Monitor, NetworkLog, ProgressLine
 from mocosfl.clients import Cohort, FrozenCohort, LocalCohort
 from mocosfl.compute import keep_freed_memory
@@ -219,12 +220,15 @@ def _start(
 @dataclass(frozen=True)
 class Parts:
     encoder: Encoder
+    head: nn.Module
     cohort: Cohort
     server: Server
     device: torch.device
     world: World
     statistics: tuple[list[float], list[float]]
     """Mean and standard deviation of the training images' channels."""
+    held: nn.Module
+    """What each client holds, in the initial state: the client half, or all of encoder, head and predictor."""
 
 
 def build(
@@ -253,6 +257,11 @@ def build(
             f"clients.pool={config.pool}: each of the run's {world.size} processes needs an active client; "
             "start fewer processes"
         )
+    if world.size > 1 and config.clients.drop and not config.contrast.feature_sharing:
+        raise SettingError(
+            f"clients.drop={config.clients.drop:g}: with queues of the clients' own (contrast.feature_sharing=False) "
+            f"it needs one process, as all clients of one may be away; torchrun has started {world.size}"
+        )
     if config.train.compile != "off":
         torch.compiler.reset()  # or the shapes of earlier runs count against its limit of recompilations
     images = federation.splits.train.to(device)
@@ -260,10 +269,12 @@ def build(
     of_input = (mean, std) if not facts or "input" not in facts else facts["input"]
     encoder, head = networks(config, images.shape[0], images.shape[-1], fresh=not facts, of_input=of_input)
     encoder.to(device)
+    held, rest = held_by_clients(config, encoder.client, encoder.server, head)
+    held.to(device)
     sampler, shapes = federation.sampler(config.seed), (encoder.latent_shape, images.shape)
     kind = FrozenCohort if config.clients.frozen else LocalCohort
     cohort: Cohort = kind(
-        encoder.client,
+        held,
         config,
         images,
         sampler,
@@ -278,8 +289,13 @@ def build(
             name = "cache.views" if config.cache.views else "traffic.loss_threshold"
             raise SettingError(f"{name}: latents are kept by one process only; torchrun has started {world.size}")
         cohort = RecallingCohort(cohort, config, federation.partition.sizes, encoder.latent_shape, device)
-    server = Server(encoder.server, head, config, WIDTHS[config.model.head], device, world)
-    return Parts(encoder, cohort, server, device, world, (list(mean), list(std)))
+    if not config.contrast.concatenate and world.size > 1:
+        raise SettingError(
+            f"contrast.concatenate=False: the server takes the clients one by one; torchrun has started {world.size} "
+            "processes, and one is accepted"
+        )
+    server = Server(*rest, config, WIDTHS[config.model.head], device, world)
+    return Parts(encoder, head, cohort, server, device, world, (list(mean), list(std)), held)
 
 
 def networks(
@@ -365,7 +381,11 @@ def run_to_end(
     encoder, cohort, world = parts.encoder, parts.cohort, parts.world
     first = world.rank == 0
     log, line = MetricsLog(run), ProgressLine(console)
-    monitor = Monitor(log if first else None, held_out_knn(config, federation, encoder, cohort.average, world))
+
+    def average() -> None:
+        parts.held.load_state_dict(cohort.average())
+
+    monitor = Monitor(log if first else None, held_out_knn(config, federation, encoder, average, world))
     built_in: list[Callback] = [log] if first else []
     if len(federation.held_out):
         built_in.append(monitor)
@@ -390,7 +410,7 @@ def run_to_end(
     try:
         with _stop_on_signal(trainer), contextlib.closing(line), contextlib.closing(network or line):
             trainer.run()
-        encoder.client.load_state_dict(cohort.average())
+        average()
         encoder.eval()
         metrics: dict[str, Any] = {
             "steps": trainer.step,
@@ -404,7 +424,7 @@ def run_to_end(
             return Result(run.path, encoder, world.first(lambda: metrics), finished=False)
         if first:
             encoder.save(run.path, {"data": config.data.source, "recipe": config.recipe, "steps": trainer.step})
-            save_weights(parts.server.head, run.path / "head.safetensors")
+            save_weights(parts.head, run.path / "head.safetensors")
             what = "pre-training" if isinstance(federation, Mixture) else f"{config.clients.number} clients"
             draw_curve(list(run.metrics()), run.path / "curve.png", f"{config.recipe}: {what}")
         began = time.monotonic()

@@ -126,7 +126,7 @@ def frozen_figures(
 
 
 def held_out_knn(
-    config: Config, federation: Federation, encoder: Encoder, average: Callable[[], dict[str, Tensor]], world: World
+    config: Config, federation: Federation, encoder: Encoder, average: Callable[[], None], world: World
 ) -> Callable[[], float]:
     """kNN accuracy, in percent, of the average client half and the server half as they stand.
 
@@ -135,8 +135,8 @@ def held_out_knn(
     Args:
         config: all settings.
         federation: the images.
-        encoder: its server half is the one that learns; its client half is replaced each time.
-        average: returns the average client half.
+        encoder: its server half is the one that learns.
+        average: puts the average of what clients hold into the encoder; called each time.
         world: the processes of the run; all of them call.
     """
     images, settings, device = federation.splits.train, config.evaluation, encoder.mean.device
@@ -149,7 +149,7 @@ def held_out_knn(
     classes = len(images.classes)
 
     def knn() -> float:
-        encoder.client.load_state_dict(average())
+        average()
         bank, queries = (_features(encoder, images, part, settings.batch, world) for part in rows)
         return _knn(bank, bank_labels, queries, query_labels, settings, classes, world)
 

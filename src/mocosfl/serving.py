@@ -90,7 +90,7 @@ def serve(
         host = settings.listen.rpartition(":")[0]
         say(f"listening on {host}:{cohort.exchange.service.port}" + ("" if settings.tls_cert else " without TLS"))
         server = Server(encoder.server, head, config, WIDTHS[config.model.head], device)
-        parts = Parts(encoder, cohort, server, device, World(), ([], []))
+        parts = Parts(encoder, head, cohort, server, device, World(), ([], []), encoder.client)
         wanted = settings.min_clients or config.clients.number
         result = conduct(
             "serve",
@@ -247,10 +247,25 @@ def check_remote(command: str, config: Config, resume: bool) -> None:
     check_frozen(config, resume)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise SettingError(f"{command} is for one process; torchrun has started {os.environ['WORLD_SIZE']}")
+    if config.clients.holds == "network":
+        raise SettingError(
+            "clients.holds=network: that is for the baselines, which are only simulated; accepted over the network is "
+            "half"
+        )
     if config.defence.kind in ("nopeek", "ressfl"):
         raise SettingError(
             f"defence.kind={config.defence.kind}: its loss needs all clients' latents beside their images, and is only "
             "simulated; accepted over the network are none, noise and dropout"
+        )
+    if config.clients.drop:
+        raise SettingError(
+            f"clients.drop={config.clients.drop:g}: clients elsewhere drop out by themselves; accepted over the "
+            "network is 0"
+        )
+    if config.sync.own != "none":
+        raise SettingError(
+            f"sync.own={config.sync.own}: clients elsewhere take the average as it is, and what they keep of their own "
+            "is only simulated; accepted over the network is none"
         )
 
 

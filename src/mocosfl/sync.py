@@ -1,4 +1,4 @@
-"""Averaging the client halves."""
+"""Averaging the client halves, and what clients keep of their own when they are handed the average."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from mocosfl.config import SyncSettings
+
+PREDICTOR = "predictor."
+"""What the names of a predictor's parameters begin with, where clients have one; all others are the encoder's."""
 
 Averaging = Callable[[Tensor, Tensor], Tensor]
 """From one parameter of P clients, (P, ...), and the clients' weights, (P,), to one for all."""
@@ -82,18 +85,21 @@ def trimmed_mean(stack: Tensor, weights: Tensor, share: float) -> Tensor:
 
 
 def divergence(deviations: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """How far each client's half is from the average, relative to the average's length, ‖w_c − w̄‖ / ‖w̄‖.
+    """How far each client's half is from the average: in the paper's measure, and relative to the average's length.
 
     Args:
         deviations: w_c − w̄ of each parameter, (P, ...), by name.
         means: w̄, (...).
 
     Returns:
-        (P,) tensors: ``divergence`` of the whole half and ``divergence/BLOCK`` of each block of it, which is the first
-        part of its parameters' names.
+        (P,) tensors. ``divergence`` of the whole half and ``divergence/BLOCK`` of each block of it, which is the first
+        part of its parameters' names: ‖w_c − w̄‖ / ‖w̄‖. ``divergence_l2/LAYER`` of each layer, which is all but the
+        last part of their names: ‖w_c − w̄‖; and ``divergence_l2``, the sum over the layers. The mean of that over
+        clients and synchronisations is eq. 4 of Li et al. (MocoSFL, ICLR 2023).
     """
     off: dict[str, Tensor] = {}
     length: dict[str, Tensor] = {}
+    layers: dict[str, Tensor] = {}
     for name, deviation in deviations.items():
         # a norm needs no memory for squares, which a sum of them would
         square = torch.linalg.vector_norm(deviation.flatten(1), dim=1).square()
@@ -101,7 +107,76 @@ def divergence(deviations: Mapping[str, Tensor], means: Mapping[str, Tensor]) ->
         for part in ("divergence", f"divergence/{name.partition('.')[0]}"):
             off[part] = off[part] + square if part in off else square
             length[part] = length[part] + whole if part in length else whole
-    return {part: (off[part] / length[part].clamp_min(torch.finfo(off[part].dtype).tiny)).sqrt() for part in off}
+        layer = f"divergence_l2/{name.rpartition('.')[0] or name}"
+        layers[layer] = layers[layer] + square if layer in layers else square
+    found = {part: (off[part] / length[part].clamp_min(torch.finfo(off[part].dtype).tiny)).sqrt() for part in off}
+    distances = {layer: square.sqrt() for layer, square in layers.items()}
+    return found | {"divergence_l2": torch.stack(list(distances.values())).sum(dim=0)} | distances
+
+
+def distance(settings: SyncSettings, own: Mapping[str, Tensor], average: Mapping[str, Tensor]) -> Tensor:
+    """How far each client's encoder is from the average, in the measure of the rule that ``sync.own`` names.
+
+    ema: ‖w_c − w̄‖ over all parameters, as FedEMA's paper defines it. predictor: the mean over the weight matrices and
+    filters of the distance of each, the measure of its authors' release, to which the published threshold belongs.
+
+    Args:
+        settings: of the synchronisation.
+        own: parameters by name, (P, ...).
+        average: the same, (...).
+
+    Returns:
+        (P,).
+    """
+    filters = settings.own == "predictor"
+    norms = [
+        torch.linalg.vector_norm((stack - average[name]).flatten(1), dim=1)
+        for name, stack in own.items()
+        if not name.startswith(PREDICTOR) and (average[name].ndim > 1 or not filters)
+    ]
+    stacked = torch.stack(norms)
+    return stacked.mean(dim=0) if filters else torch.linalg.vector_norm(stacked, dim=0)
+
+
+def scale(settings: SyncSettings, first: Tensor) -> Tensor:
+    """What a client's distance is multiplied with from its first average on.
+
+    FedEMA's autoscaler (Zhuang, Wen, Zhang, ICLR 2022): tau / ‖w_c − w̄‖ at that average, so that the client then keeps
+    tau of its own. FedU's threshold (Zhuang et al., ICCV 2021): its inverse.
+
+    Args:
+        settings: of the synchronisation.
+        first: (P,) distances at each client's first average.
+
+    Returns:
+        (P,); 0 where there was no distance to take the scale from.
+    """
+    if settings.own == "predictor":
+        return torch.full_like(first, 1 / settings.threshold)
+    return torch.where(first > 0, settings.tau / first, 0)
+
+
+def own_shares(settings: SyncSettings, scales: Tensor, distances: Tensor) -> Tensor:
+    """The share of its own that each client keeps, mu; the rest is the average's.
+
+    ema: min(scale * distance, 1). predictor: 1 where the distance is above the threshold, else 0; of the predictor
+    alone.
+
+    Args:
+        settings: of the synchronisation.
+        scales: (P,) as of ``scale``; 0 for clients that have had no part in an average yet: they keep nothing.
+        distances: (P,) as of ``distance``.
+
+    Returns:
+        (P,).
+    """
+    scaled = scales * distances
+    return (scaled > 1).to(scaled.dtype) if settings.own == "predictor" else scaled.clamp(max=1)
+
+
+def mixed(own: Tensor, average: Tensor, shares: Tensor) -> Tensor:
+    """mu * own + (1 - mu) * average of one parameter: (P, ...), (...) and (P,) to (P, ...)."""
+    return torch.lerp(average.expand_as(own), own, shares.view(-1, *[1] * average.ndim))
 
 
 def _taking_part(stack: Tensor, weights: Tensor) -> Tensor:

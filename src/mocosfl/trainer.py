@@ -18,6 +18,7 @@ from mocosfl.distributed import World
 from mocosfl.errors import RunError
 from mocosfl.server import Server
 from mocosfl.stopwatch import Stopwatch
+from mocosfl.turnout import Schedule
 
 
 class Callback:
@@ -72,10 +73,9 @@ class Trainer:
         self.config, self.cohort, self.server, self.callbacks = config, cohort, server, callbacks
         self.world = world or World()
         self.steps_per_epoch = images / config.step_images
-        self.steps = max(1, round(config.train.epochs * self.steps_per_epoch))
+        schedule = Schedule.of(config, images)
+        self.steps, self.round_steps = schedule.steps, schedule.round_steps
         self.warmup = round(config.train.warmup * self.steps)
-        number = config.clients.number
-        self.round_steps = config.clients.round or max(1, round(images * config.pool / (number * config.step_images)))
         self.step = 0
         self.stop = False
         self.latest: dict[str, float] = {}

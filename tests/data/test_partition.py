@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from mocosfl.config import PartitionSettings
-from mocosfl.data.partition import Partition, partition
+from mocosfl.data.partition import Partition, partition, partition_in_two
 from mocosfl.errors import SettingError
 
 KINDS = [
@@ -11,6 +11,9 @@ KINDS = [
     {"kind": "classes", "classes_per_client": 5},
     {"kind": "dirichlet", "alpha": 0.1},
     {"kind": "dirichlet", "alpha": 100.0},
+    {"kind": "iid", "quantity_skew": 0.1},
+    {"kind": "dirichlet", "alpha": 0.5, "quantity_skew": 0.3},
+    {"kind": "dirichlet", "alpha": 1e-3, "quantity_skew": 1e-3},
 ]
 
 
@@ -177,3 +180,97 @@ def test_impossible_settings_are_named(sizes, clients, settings, smallest, messa
 def test_without_labels_only_iid(kind):
     with pytest.raises(SettingError, match=f"partition.kind={kind}: the data set has no labels"):
         partition(PartitionSettings(kind=kind), 5, np.arange(100), None, None, seed=0)
+
+
+def gini(sizes):
+    """0 where all are equal, nearly 1 where one has all."""
+    ordered = np.sort(sizes)
+    return 1 - 2 * (ordered.cumsum() / ordered.sum()).mean() + 1 / len(sizes)
+
+
+@pytest.mark.parametrize("kind", ["iid", "dirichlet"])
+def test_quantity_skew_sets_how_unequal_the_volumes_are(kind):
+    labels = shuffled_labels([1000] * 10)
+    unequal = [gini(spread(labels, 100, kind=kind, alpha=5, quantity_skew=skew).sizes) for skew in (0.2, 1, 5, 100)]
+    assert unequal == sorted(unequal, reverse=True)
+    assert unequal[0] > 0.6
+    assert unequal[1] == pytest.approx(0.5, abs=0.1)  # volumes are exponentially distributed there
+    assert unequal[-1] < 0.15
+
+
+def test_quantity_skew_alone_leaves_the_classes_alike():
+    """Every client has the classes as they are in all, within what chance allows."""
+    labels = shuffled_labels([2000] * 5)
+    held = spread(labels, 20, classes=5, kind="iid", quantity_skew=0.5)
+    counts = held.counts(labels, 5)
+    large = counts[held.sizes > 500]
+    assert len(large)
+    np.testing.assert_allclose(large / large.sum(1, keepdims=True), 0.2, atol=0.08)
+
+
+def test_both_skews_at_once():
+    """Volumes are as unequal as with the one, clients as one-sided as with the other."""
+    labels = shuffled_labels([1000] * 10)
+    both = spread(labels, 100, kind="dirichlet", alpha=0.1, quantity_skew=0.3)
+    volumes = spread(labels, 100, kind="iid", quantity_skew=0.3)
+    sides = spread(labels, 100, kind="dirichlet", alpha=0.1)
+    assert gini(both.sizes) > 0.55
+    assert gini(both.sizes) == pytest.approx(gini(volumes.sizes), abs=0.2)
+    largest = [
+        (counts.max(1) / counts.sum(1)).mean()
+        for counts in (held.counts(labels, 10) for held in (both, sides, volumes))
+    ]
+    assert largest[0] > 0.6
+    assert largest[0] > largest[2]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.37, 0.5, 0.9])
+@pytest.mark.parametrize(
+    "settings", [{"kind": "iid"}, {"kind": "classes"}, {"kind": "dirichlet", "alpha": 0.3}], ids=str
+)
+def test_rich_clients_hold_their_share(settings, share):
+    labels = shuffled_labels([150, 90, 120, 100, 101, 130, 99, 100, 77, 133])
+    rows = np.flatnonzero(np.arange(len(labels)) % 7)
+    poor, rich = 30, 10
+    held = partition_in_two(
+        PartitionSettings(**settings), (poor, rich), share, rows, labels[rows], 10, seed=2, smallest=(1, 2)
+    )
+    assert len(held) == poor + rich
+    np.testing.assert_array_equal(np.sort(held.rows), rows)
+    assert held.sizes[poor:].sum() == int(share * len(rows) + 1e-9)
+    assert held.sizes.min() >= 1
+    assert held.sizes[poor:].min() >= 2
+    of_rich, of_all = (c.sum(0) for c in (held.counts(labels, 10)[poor:], held.counts(labels, 10)))
+    assert (abs(of_rich - share * of_all) <= 1).all()  # of every class alike
+    if settings["kind"] != "dirichlet":  # and equally much each
+        assert np.ptp(held.sizes[:poor]) <= 1
+        assert np.ptp(held.sizes[poor:]) <= (1 if settings["kind"] == "iid" else 3)  # whole images, of few
+
+
+@pytest.mark.parametrize(
+    ("share", "smallest", "settings", "message"),
+    [
+        (
+            0.01,
+            (1, 4),
+            {"kind": "iid"},
+            r"rich_data_share=0\.01: the 10 rich clients would hold 10 images .* need 4 each",
+        ),
+        (
+            0.99,
+            (4, 1),
+            {"kind": "iid"},
+            r"rich_data_share=0\.99: the 40 poor clients would hold 10 images .* need 4 each",
+        ),
+        (
+            0.5,
+            (1, 1),
+            {"classes_per_client": 12},
+            "the 40 poor clients cannot be given their part: partition.classes_per",
+        ),
+    ],
+)
+def test_shares_that_leave_a_client_without_a_batch(share, smallest, settings, message):
+    labels = shuffled_labels([100] * 10)
+    with pytest.raises(SettingError, match=message):
+        partition_in_two(PartitionSettings(**settings), (40, 10), share, np.arange(1000), labels, 10, 0, smallest)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mocosfl.config import DataSettings
 from mocosfl.data import cache, decode
-from mocosfl.data.sources import balanced, load
+from mocosfl.data.sources import IMAGENET12, balanced, count_images, load
 from mocosfl.errors import DataError, SettingError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared/data"
@@ -505,6 +505,172 @@ def test_hub(hub, source, call, decoded):
     assert said == []
     read(source)
     assert len(decoded) == 4  # the second time out of the cache
+
+
+def on_hub(monkeypatch, splits, names, image="image", label="label"):
+    """A hub whose data set has these splits, of (shade, label) pairs, and these classes."""
+    features = datasets.Features({image: datasets.Image(), label: datasets.ClassLabel(names=names)})
+
+    def load_dataset(*args):
+        tables = datasets.DatasetDict()
+        for split, pairs in splits.items():
+            cells = [{"bytes": png(solid(shade)), "path": None} for shade, _ in pairs]
+            columns = {image: cells, label: [number for _, number in pairs]}
+            tables[split] = datasets.Dataset.from_dict(columns, features=features)
+        return tables
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+
+def held(images):
+    """Shades and the names of their classes."""
+    names = None if images.labels is None else [images.classes[number] for number in images.labels]
+    return shades(images), names
+
+
+def test_svhn_as_on_the_hub(monkeypatch):
+    splits = {"train": [(1, 4), (2, 9)], "test": [(3, 4)], "extra": [(5, 0), (6, 9), (7, 9)]}
+    on_hub(monkeypatch, splits, [str(digit) for digit in range(10)])
+    found, _ = read("svhn")
+    assert held(found.train) == ([1, 2], ["4", "9"])
+    assert held(found.test) == ([3], ["4"])
+    assert held(read("svhn", train_split="extra")[0].train) == ([5, 6, 7], ["0", "9", "9"])
+
+
+def test_tiny_imagenet_as_on_the_hub(monkeypatch):
+    on_hub(monkeypatch, {"train": [(1, 1), (2, 0)], "valid": [(3, 1)]}, ["n01443537", "n01629819"])
+    found, _ = read("tiny-imagenet")
+    assert held(found.train) == ([1, 2], ["n01629819", "n01443537"])
+    assert held(found.test) == ([3], ["n01629819"])
+
+
+STL10 = {"train": [(1, 0), (2, 1)], "test": [(3, 1)], "unlabeled": [(4, -1), (5, -1), (6, -1)]}
+
+
+def test_stl10_as_on_the_hub(monkeypatch):
+    on_hub(monkeypatch, STL10, ["airplane", "bird"])
+    found, said = read("stl10")
+    assert held(found.train) == held(found.scored.train) == ([1, 2], ["airplane", "bird"])
+    found, said = read("stl10", train_split="unlabeled", label_split="train")
+    assert held(found.train) == ([4, 5, 6], None)
+    assert held(found.test) == held(found.scored.test) == ([3], ["bird"])
+    assert held(found.scored.train) == ([1, 2], ["airplane", "bird"])
+    assert said == []
+    again, _ = read("stl10", train_split="unlabeled", label_split="train")  # out of the cache
+    assert held(again.scored.train) == ([1, 2], ["airplane", "bird"])
+
+
+def test_unlabelled_folder_beside_labelled_ones(tmp_path):
+    save(tmp_path / "set/unlabeled/a.png", solid(9))
+    save(tmp_path / "set/train/cat/a.png", solid(1))
+    save(tmp_path / "set/train/dog/a.png", solid(2))
+    save(tmp_path / "set/test/dog/a.png", solid(3))
+    found, _ = read(tmp_path / "set", train_split="unlabeled", label_split="train")
+    assert held(found.train) == ([9], None)
+    assert held(found.scored.train) == ([1, 2], ["cat", "dog"])
+    assert held(found.test) == ([3], ["dog"])
+
+
+def test_label_split_needs_a_test_split(tmp_path):
+    save(tmp_path / "set/unlabeled/a.png", solid(9))
+    save(tmp_path / "set/train/cat/a.png", solid(1))
+    chosen = {"train_split": "unlabeled", "label_split": "train"}
+    with pytest.raises(SettingError, match=r"data\.label_split=train: there is no test split to evaluate on"):
+        read(tmp_path / "set", **chosen)
+    with pytest.raises(SettingError, match=r"data\.test_split=train: that is data\.label_split, too"):
+        read(tmp_path / "set", **chosen, test_split="train")
+    with pytest.raises(SettingError, match=r"data\.label_split=labels: there is no such split"):
+        read(tmp_path / "set", train_split="train", label_split="labels")
+
+
+NAMES = ["goldfish, Carassius auratus", "tench, Tinca tinca", "tabby, tabby cat", "crane, bird", "crane, machine"]
+
+
+def test_imagenet12_as_on_the_hub(monkeypatch, decoded):
+    """Labels have all names of a class; those of the test split are secret; images of other classes are not decoded."""
+    names = [*NAMES, *(f"{name}, and more" for name in list(IMAGENET12.values())[3:]), "English springer"]
+    train = [(number, number) for number in range(len(names))]
+    on_hub(monkeypatch, {"train": train, "validation": [(50, 1), (51, 3)], "test": [(60, -1)]}, names)
+    found, _ = read("imagenet12")
+    assert [name.partition(",")[0] for name in found.train.classes] == list(IMAGENET12.values())
+    assert shades(found.train) == [number for number in range(len(names)) if number not in (0, 3, 4)]
+    assert held(found.test) == ([50], ["tench, Tinca tinca"])
+    assert len(decoded) == 13
+    assert count_images("imagenet12") == 12
+
+
+@pytest.mark.parametrize("kind", ["hub", "parquet", "folder"])
+def test_some_classes_alone(kind, tmp_path, monkeypatch, decoded):
+    pairs = [(10 * number + place, number) for place in range(3) for number in (4, 0, 2)]
+    names = ["a", "b", "c, cee", "d", "e"]
+    source = "some-one/set"
+    if kind == "hub":
+        on_hub(monkeypatch, {"train": pairs, "test": pairs[:3]}, names)
+    elif kind == "parquet":
+        source = tmp_path / "set"
+        for part in range(3):
+            some = pairs[3 * part : 3 * part + 3]
+            save_table(source / f"train-{part}.parquet", [s for s, _ in some], [n for _, n in some], names)
+        save_table(source / "test-0.parquet", [s for s, _ in pairs[:3]], [n for _, n in pairs[:3]], names)
+    else:
+        source = tmp_path / "set"
+        for split, some in (("train", pairs), ("test", pairs[:3])):
+            for shade, number in some:
+                save(source / split / names[number] / f"{shade:02}.png", solid(shade))
+    found, _ = read(source, classes=("e", "c"))
+    assert found.train.classes == ("e", "c, cee")
+    assert sorted(zip(*held(found.train), strict=True)) == [
+        *((20 + place, "c, cee") for place in range(3)),
+        *((40 + place, "e") for place in range(3)),
+    ]
+    assert sorted(shades(found.test)) == [20, 40]
+    assert len(decoded) == 8
+    assert len(read(source)[0].train) == 9  # and the cache does not mix them up
+
+
+def test_corrupt_images_are_named_by_their_rows_among_all(monkeypatch):
+    on_hub(monkeypatch, {"train": [(1, 0), (2, 1), (3, 0)]}, ["a", "b"])
+    load_dataset = datasets.load_dataset
+
+    def broken(*args):
+        tables = load_dataset(*args)
+        cells = [{"bytes": png(solid(1)), "path": None}] * 2 + [{"bytes": b"junk", "path": None}]
+        columns = {"image": cells, "label": [0, 1, 0]}
+        tables["train"] = datasets.Dataset.from_dict(columns, features=tables["train"].features)
+        return tables
+
+    monkeypatch.setattr(datasets, "load_dataset", broken)
+    with pytest.raises(DataError, match=r"row 2 of a/b \(train\): cannot be decoded"):
+        read("a/b", classes=("a",))
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (("tenc",), r"data\.classes=tenc: there is no such class in data\.source=a/b, which has goldfish, Carassius"),
+        (("crane",), r"data\.classes=crane: 2 classes are called that"),
+        (("tench", "n01440764"), r"data\.classes=tench n01440764: a class is named twice"),
+    ],
+)
+def test_classes_that_there_are_not(monkeypatch, classes, message):
+    on_hub(monkeypatch, {"train": [(1, 1), (2, 2)], "test": [(3, 1)]}, NAMES)
+    with pytest.raises(SettingError, match=message):
+        read("a/b", classes=classes)
+
+
+def test_classes_need_labels(tmp_path):
+    save(tmp_path / "flat/a.png", solid(1))
+    with pytest.raises(SettingError, match=r"data\.classes=cat: a split of data\.source=.* has no labels"):
+        read(tmp_path / "flat", classes=("cat",))
+
+
+def test_imagenet12_in_folders_of_wordnet_ids(tmp_path):
+    for place, name in enumerate([*IMAGENET12, "n01443537"]):
+        for split in ("train", "val"):
+            save(tmp_path / "imagenet" / split / name / "a.JPEG", solid(place))
+    found, _ = read(tmp_path / "imagenet", classes=("imagenet12",))
+    assert found.train.classes == tuple(IMAGENET12)
+    assert len(found.train) == len(found.test) == 12
 
 
 def test_corrupt_hub_image(monkeypatch):

@@ -402,6 +402,7 @@ REFUSED = [
     ({}, {"min_clients": 4}, r"min-clients=4: there are 3 clients \(clients.number\)"),
     ({"data.size": None}, {}, "data.size is not set"),
     ({}, {"evaluate_on": "digit"}, "did you mean digits"),
+    ({"clients.frozen": False, "sync.own": "ema"}, {"mode": "average"}, "sync.own=ema"),
     ({"clients.frozen": False, "defence.kind": "nopeek"}, {"mode": "average"}, "defence.kind=nopeek"),
     ({"clients.frozen": False}, {"mode": "average", "steps": 5}, "steps=5: in mode=average .* set sync.every"),
     ({"clients.frozen": False}, {"mode": "average", "memory": 64}, "memory=64: in mode=average .* set sync.every"),

@@ -18,6 +18,9 @@ NETWORKS = {
     "strides, padding and bias, grouped": lambda: nn.Conv2d(8, 5, (3, 2), stride=(2, 3), padding=(2, 1)),
     "block with a shortcut": lambda: nn.Sequential(ConvNorm(3, 8, 3, 1, "group"), BasicBlock(8, 16, 2, "group")),
     "batch norm": lambda: nn.Sequential(ConvNorm(3, 8, 3, 1, "batch"), BasicBlock(8, 8, 1, "batch")),
+    "a linear layer, one after another": lambda: nn.Sequential(
+        ConvNorm(3, 8, 3, 1, "batch"), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    ),
     "depthwise": lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=4), nn.GroupNorm(2, 8), nn.ReLU6()),
 }
 
@@ -66,8 +69,3 @@ def test_copies_start_alike_and_leave_the_network_alone() -> None:
 def test_the_half_that_does_not_learn_keeps_no_graph() -> None:
     output = SideBySide(ConvNorm(3, 8, 3, 1, "group"), [1, 2], CPU, learns=False).forward(torch.randn(1, 3, 3, 8, 8))
     assert not output.requires_grad
-
-
-def test_a_layer_that_mixes_channels_is_refused() -> None:
-    with pytest.raises(TypeError, match="Linear cannot be laid side by side"):
-        SideBySide(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2)), [1, 1], CPU)

@@ -121,6 +121,8 @@ def test_a_server_evaluates_on_images_of_its_own(start: Commands, data: Callable
     ("changes", "settings", "message"),
     [
         ({"data.size": None}, {}, "data.size is not set: the server does not see the clients' images"),
+        ({"clients.drop": 0.2}, {}, "clients.drop=0.2: clients elsewhere drop out by themselves; .* network is 0"),
+        ({"sync.own": "ema"}, {}, "sync.own=ema: .* accepted over the network is none"),
         ({"defence.kind": "nopeek"}, {}, "defence.kind=nopeek: .* accepted over the network are none, noise"),
         ({"defence.kind": "ressfl"}, {}, "defence.kind=ressfl"),
         ({"clients.frozen": True}, {}, "clients.frozen=True: frozen clients need a trained half"),

@@ -20,7 +20,7 @@ ROUNDS = 32
 """Rounds of the shuffle. 6 log2(n) rounds mix n items well; 32 serves clients of up to some thousands of images,
 and for larger ones still gives a permutation."""
 
-POOL, ORDER, AUGMENT, STREAM, PROTECT, REPLAY = 1, 2, 3, 4, 5, 6
+POOL, ORDER, AUGMENT, STREAM, PROTECT, REPLAY, DROP = 1, 2, 3, 4, 5, 6, 7
 """First counter of each use, so that no two uses ever share a number."""
 
 

@@ -1,7 +1,8 @@
-"""The contrast: key queue, InfoNCE, moving averages."""
+"""The contrast: objectives, key queue, InfoNCE, moving averages."""
 
 from mocosfl.contrast.infonce import infonce
 from mocosfl.contrast.momentum import update_momentum
+from mocosfl.contrast.objectives import OBJECTIVES, Batch, Objective, objective_of
 from mocosfl.contrast.queue import KeyQueue
 
-__all__ = ["KeyQueue", "infonce", "update_momentum"]
+__all__ = ["OBJECTIVES", "Batch", "KeyQueue", "Objective", "infonce", "objective_of", "update_momentum"]

@@ -17,4 +17,5 @@ def update_momentum(momentum: Iterable[Tensor], online: Iterable[Tensor], tau: f
         online: tensors of the same shapes, in the same order.
         tau: share that a momentum copy keeps of itself, 0 to 1.
     """
-    torch._foreach_lerp_(list(momentum), list(online), 1 - tau)
+    if pairs := list(momentum):
+        torch._foreach_lerp_(pairs, list(online), 1 - tau)

@@ -29,12 +29,14 @@ class Undecoded:
         items: goes through them; each call starts anew.
         labels: a class name or number for each, or None.
         names: the names of all classes, where ``labels`` holds numbers of such a list; else None.
+        some: goes through those of a mask, (count,) bool, without reading the others; None where that saves nothing.
     """
 
     count: int
     items: Callable[[], Iterator[Item]]
     labels: list[Any] | None = None
     names: tuple[str, ...] | None = None
+    some: Callable[[NDArray[np.bool_]], Iterator[Item]] | None = None
 
 
 @dataclass(frozen=True)

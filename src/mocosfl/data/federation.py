@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mocosfl.config import Config
-from mocosfl.data.partition import Partition, partition
+from mocosfl.data.partition import Partition, partition, partition_in_two
 from mocosfl.data.sampler import ClientSampler
 from mocosfl.data.sources import Splits, balanced, load
 from mocosfl.errors import SettingError
@@ -43,7 +43,7 @@ class Federation:
     @property
     def scored(self) -> Splits:
         """The images that the trained encoder is evaluated on."""
-        return self.splits
+        return self.splits.scored
 
     @property
     def counts(self) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
@@ -88,19 +88,17 @@ def federate(config: Config, say: Callable[[str], None]) -> Federation:
         say("data: the images have no labels; the kNN monitor is skipped")
     rows, held_out = set_aside(config.data.held_out, np.arange(len(splits.train)), labels, config.seed)
     classes = len(splits.train.classes) if splits.train.classes is not None else None
-    held = partition(
-        config.partition,
-        config.clients.number,
-        rows,
-        None if labels is None else labels[rows],
-        classes,
-        config.seed,
-        config.clients.batch,
-    )
-    batch = config.clients.batch * config.clients.rich_batch_factor
-    if config.rich and (fewest := held.sizes[-config.rich :].min()) < batch:
+    clients, rich = config.clients, config.rich
+    batch = clients.batch * clients.rich_batch_factor
+    facts = (rows, None if labels is None else labels[rows], classes, config.seed)
+    if rich and clients.rich_data_share is not None:
+        numbers, batches = (clients.number - rich, rich), (clients.batch, batch)
+        held = partition_in_two(config.partition, numbers, clients.rich_data_share, *facts, batches)
+    else:
+        held = partition(config.partition, clients.number, *facts, clients.batch)
+    if rich and (fewest := held.sizes[-rich:].min()) < batch:
         raise SettingError(
-            f"clients.rich_batch_factor={config.clients.rich_batch_factor}: a rich client would use {batch} images "
+            f"clients.rich_batch_factor={clients.rich_batch_factor}: a rich client would use {batch} images "
             f"in a step, and one of them holds only {fewest}"
         )
     return Federation(splits, rows, held_out, held)

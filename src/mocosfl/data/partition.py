@@ -88,14 +88,19 @@ def partition(
             f"{clients * smallest} training images, there are {len(rows)}"
         )
     rng = np.random.default_rng([seed, _STREAM])
-    if settings.kind == "iid":
+    skew = settings.quantity_skew
+    volumes = None if skew is None else _proportions(np.full(clients, skew), rng)
+    if settings.kind == "iid" and volumes is not None:
+        owner = _spread(rng.permutation(len(rows)), volumes, rng)
+        owner = _fill_up(owner, clients, smallest, rng)
+    elif settings.kind == "iid":
         owner = rng.permutation(np.arange(len(rows)) % clients)
     elif labels is None or classes is None:
         raise SettingError(f"partition.kind={settings.kind}: the data set has no labels; only iid can do without")
     elif settings.kind == "classes":
         owner = _by_classes(labels, classes, clients, settings.classes_per_client, rng)
     else:
-        owner = _dirichlet(labels, classes, clients, settings.alpha, rng)
+        owner = _dirichlet(labels, classes, clients, settings.alpha, volumes, rng)
         owner = _fill_up(owner, clients, smallest, rng)
 
     sizes = np.bincount(owner, minlength=clients)
@@ -107,6 +112,52 @@ def partition(
         )
     by_client = np.argsort(owner, kind="stable")
     return Partition(rows[by_client].astype(np.int64), np.concatenate([[0], sizes.cumsum()]))
+
+
+def partition_in_two(
+    settings: PartitionSettings,
+    clients: tuple[int, int],
+    share: float,
+    rows: np.ndarray,
+    labels: np.ndarray | None,
+    classes: int | None,
+    seed: int,
+    smallest: tuple[int, int],
+) -> Partition:
+    """Give the last clients, the rich ones, a share of all images, and spread either part over its clients.
+
+    Args:
+        settings: kind of partition and its parameters; it holds in either part.
+        clients: poor and rich clients.
+        share: of the images that the rich hold together, of every class alike; rounded down.
+        rows, labels, classes, seed: as for ``partition``.
+        smallest: images that every poor and every rich client needs, its batch.
+
+    Raises:
+        SettingError: as ``partition``, or a part of the images does not give each of its clients a batch.
+    """
+    setting = f"clients.rich_data_share={share:g}"
+    rng = np.random.default_rng([seed, _STREAM, 1])
+    order = np.lexsort((rng.random(len(rows)), np.zeros(len(rows)) if labels is None else labels))
+    edges = np.floor(np.arange(len(rows) + 1) * share + 1e-9)  # every so many in the order of the classes
+    rich = np.zeros(len(rows), bool)
+    rich[order[np.diff(edges) > 0]] = True
+    parts = []
+    for name, taken, number, batch in zip(("poor", "rich"), (~rich, rich), clients, smallest, strict=True):
+        if number * batch > taken.sum():
+            raise SettingError(
+                f"{setting}: the {number} {name} clients would hold {taken.sum()} images in all, and need {batch} "
+                "each, a batch"
+            )
+        its_labels = None if labels is None else labels[taken]
+        try:
+            parts.append(partition(settings, number, rows[taken], its_labels, classes, seed, batch))
+        except SettingError as error:
+            raise SettingError(f"{setting}: the {number} {name} clients cannot be given their part: {error}") from error
+    poor, other = parts
+    return Partition(
+        np.concatenate([poor.rows, other.rows]), np.concatenate([poor.offsets, other.offsets[1:] + len(poor.rows)])
+    )
 
 
 def _by_classes(labels: np.ndarray, classes: int, clients: int, k: int, rng: np.random.Generator) -> np.ndarray:
@@ -234,22 +285,42 @@ def _balance(held: np.ndarray, images: np.ndarray, rng: np.random.Generator) -> 
         volume[poor] += moved
 
 
-def _dirichlet(labels: np.ndarray, classes: int, clients: int, alpha: float, rng: np.random.Generator) -> np.ndarray:
-    """Owner of each image where each class is spread in proportions from a symmetric Dirichlet(alpha).
+def _dirichlet(
+    labels: np.ndarray, classes: int, clients: int, alpha: float, volumes: np.ndarray | None, rng: np.random.Generator
+) -> np.ndarray:
+    """Owner of each image where each class is spread in proportions from Dirichlet(alpha), symmetric without volumes.
 
-    A client gets its proportion of a class rounded up or down, right on average (systematic sampling).
+    With the clients' volumes, (clients,), of any sum, its mean is those, at the same concentration: of
+    alpha * clients * volumes.
     """
     owner = np.empty(len(labels), np.int64)
     for label in range(classes):
         images = rng.permutation(np.flatnonzero(labels == label))
-        # Gamma(alpha) is distributed as Gamma(alpha + 1) U^(1 / alpha). Its logarithm neither underflows at a
-        # small alpha nor overflows at a large one, so the proportions never become 0 / 0.
-        log_gamma = np.log(rng.standard_gamma(alpha + 1, clients)) - rng.standard_exponential(clients) / alpha
-        cumulated = np.exp(log_gamma - log_gamma.max()).cumsum()
-        points = (np.arange(len(images)) + rng.random()) / max(len(images), 1) * cumulated[-1]
-        chosen = np.minimum(np.searchsorted(cumulated, points, "right"), clients - 1)
-        owner[images] = rng.permutation(clients)[chosen]
+        if volumes is None:
+            chosen = _spread(np.arange(len(images)), _proportions(np.full(clients, alpha), rng), rng)
+            owner[images] = rng.permutation(clients)[chosen]
+        else:
+            proportions = _proportions(np.maximum(alpha * clients * volumes / volumes.sum(), 1e-12), rng)
+            owner[images] = _spread(np.arange(len(images)), proportions, rng)
     return owner
+
+
+def _proportions(alphas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A draw from the Dirichlet distribution of these concentrations, (clients,), up to a factor."""
+    # Gamma(alpha) is distributed as Gamma(alpha + 1) U^(1 / alpha). Its logarithm neither underflows at a
+    # small alpha nor overflows at a large one, so the proportions never become 0 / 0.
+    log_gamma = np.log(rng.standard_gamma(alphas + 1)) - rng.standard_exponential(len(alphas)) / alphas
+    return np.exp(log_gamma - log_gamma.max())
+
+
+def _spread(places: np.ndarray, proportions: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Owner of the image at each place, a permutation of range(n), where clients get these proportions of all.
+
+    A client gets its proportion rounded up or down, right on average (systematic sampling).
+    """
+    cumulated = proportions.cumsum()
+    points = (places + rng.random()) / max(len(places), 1) * cumulated[-1]
+    return np.minimum(np.searchsorted(cumulated, points, "right"), len(proportions) - 1)
 
 
 def _fill_up(owner: np.ndarray, clients: int, smallest: int, rng: np.random.Generator) -> np.ndarray:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +31,32 @@ HUBS = {
     "svhn": "ufldl-stanford/svhn",
     "stl10": "tanganke/stl10",
     "tiny-imagenet": "zh-plus/tiny-imagenet",
+    "imagenet12": "ILSVRC/imagenet-1k",
 }
 """Short names of data sets on the Hugging Face hub."""
 
 CONFIGS = {"ufldl-stanford/svhn": "cropped_digits"}
 """Configuration to use of the data sets that have several."""
+
+LABELLED_TESTS = {"ILSVRC/imagenet-1k": "validation"}
+"""Split to test on of the data sets whose split ``test`` has no labels."""
+
+IMAGENET12 = {
+    "n01440764": "tench",
+    "n02102040": "English springer",
+    "n02123045": "tabby",
+    "n02979186": "cassette player",
+    "n03000684": "chain saw",
+    "n03028079": "church",
+    "n03394916": "French horn",
+    "n03417042": "garbage truck",
+    "n03425413": "gas pump",
+    "n03445777": "golf ball",
+    "n03888257": "parachute",
+    "n04146614": "school bus",
+}
+"""Twelve classes of ImageNet, by WordNet id. MocoSFL's are those of Li et al. (Anti-backdoor learning, NeurIPS 2021),
+who published an archive and no list; so these are ours: fastai's Imagenette, tabby and school bus."""
 
 # "test" and "imgs": they keep these draws apart from each other and from all others of the same seed.
 _TEST_STREAM, _IMAGES_STREAM = 0x74657374, 0x696D6773
@@ -47,10 +69,17 @@ class Splits:
     Attributes:
         train: the training split.
         test: the test split; None where the source has none, and no labels to make one by.
+        bank: labelled images to evaluate with instead of ``train`` (``data.label_split``).
     """
 
     train: ImageSet
     test: ImageSet | None
+    bank: ImageSet | None = None
+
+    @property
+    def scored(self) -> Splits:
+        """The images that an encoder is evaluated on: the training split, or ``bank`` instead, and the test split."""
+        return self if self.bank is None else Splits(self.bank, self.test)
 
 
 def load(settings: DataSettings, seed: int, say: Callable[[str], None] = print) -> Splits:
@@ -168,19 +197,62 @@ def _digits() -> Undecoded:
 
 
 def _choose(splits: dict[str, Split], settings: DataSettings) -> list[Split]:
-    """The training split and, where there is one, the test split."""
-    train, test = settings.train_split, settings.test_split
-    for setting, name in (("train_split", train), ("test_split", test)):
+    """The training split and, where there is one, the test split; and after these that of ``data.label_split``."""
+    train, test, bank = settings.train_split, settings.test_split, settings.label_split
+    for setting, name in (("train_split", train), ("test_split", test), ("label_split", bank)):
         if name is not None and name not in splits:
             raise SettingError(
                 f"data.{setting}={name}: there is no such split in data.source={settings.source}, "
                 f"which has {', '.join(splits)}"
             )
     if test is None:
-        test = next((name for name in TEST_SPLITS if name in splits and name != train), None)
-    elif test == train:
-        raise SettingError(f"data.test_split={test}: that is the training split, data.train_split, too")
-    return [splits[name] for name in (train, test) if name is not None]
+        tests = (LABELLED_TESTS.get(hub_id(settings.source) or ""), *TEST_SPLITS)
+        test = next((name for name in tests if name in splits and name not in (train, bank)), None)
+    elif test in (train, bank):
+        which = "the training split, data.train_split" if test == train else "data.label_split"
+        raise SettingError(f"data.test_split={test}: that is {which}, too")
+    if bank is not None and test is None:
+        raise SettingError(
+            f"data.label_split={bank}: there is no test split to evaluate on; name one in data.test_split"
+        )
+    chosen = [splits[name] for name in (train, test, bank) if name is not None]
+    wanted = settings.classes or (("imagenet12",) if settings.source == "imagenet12" else ())
+    if not wanted:
+        return chosen
+    alike = [name for given in wanted for name in (IMAGENET12 if given == "imagenet12" else [given])]
+    wanted = tuple(dict.fromkeys(alike))
+    return [Split(f"{split.stamp} {wanted}", partial(_only, split, wanted, settings)) for split in chosen]
+
+
+def _only(split: Split, wanted: tuple[str, ...], settings: DataSettings) -> Undecoded:
+    """The images of some classes of a split, in the order of the names that are given."""
+    whole = split.read()
+    if whole.labels is None:
+        raise SettingError(f"data.classes={' '.join(wanted)}: a split of data.source={settings.source} has no labels")
+    found, number = np.unique(whole.labels, return_inverse=True)
+    names = [str(label) for label in found] if whole.names is None else list(whole.names)
+    if whole.names is not None:
+        number = np.array(whole.labels)
+    chosen = []
+    for name in wanted:
+        called = {name, IMAGENET12.get(name, name)}  # folders of ImageNet have ids, its hub's labels have names
+        places = [place for place, known in enumerate(names) if known in called]
+        places = places or [place for place, known in enumerate(names) if known.partition(",")[0] in called]
+        if len(places) != 1:
+            what = "there is no such class" if not places else f"{len(places)} classes are called that"
+            listed = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+            raise SettingError(f"data.classes={name}: {what} in data.source={settings.source}, which has {listed}")
+        chosen.append(places[0])
+    if len(set(chosen)) < len(chosen):
+        raise SettingError(f"data.classes={' '.join(wanted)}: a class is named twice")
+    new = np.full(len(names), -1)
+    new[chosen] = np.arange(len(chosen))
+    labels = new[number]
+    kept = labels >= 0
+    some = whole.some or (lambda mask: compress(whole.items(), mask))
+    return Undecoded(
+        int(kept.sum()), lambda: some(kept), labels[kept].tolist(), tuple(names[place] for place in chosen)
+    )
 
 
 def _decoded(chosen: list[Split], settings: DataSettings, say: Callable[[str], None]) -> Decoded:
@@ -247,7 +319,7 @@ def _number(
         numbers = np.split(joined, np.cumsum([len(piece) for piece in names])[:-1])
         classes = tuple(str(name) for name in found)
     said = []
-    if len(numbers) == 2:
+    if len(splits) > 1 and splits[0].labels is not None and splits[1].labels is not None:
         unseen = np.setdiff1d(numbers[1], numbers[0])
         if len(unseen):
             alone = ", ".join(classes[number] for number in unseen)
@@ -293,7 +365,7 @@ def _divide(decoded: Decoded, settings: DataSettings, seed: int, say: Callable[[
             # Indexing copies, also out of a memmap; an array that is in memory whole needs no second copy.
             held = array if whole and not isinstance(array, np.memmap) else array[part]
             sets.append(ImageSet(held, numbers, classes))
-    return Splits(sets[0], sets[1] if len(sets) > 1 else None)
+    return Splits(sets[0], sets[1] if len(sets) > 1 else None, sets[2] if len(sets) > 2 else None)
 
 
 def _shuffled_rank(labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:

@@ -8,8 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from mocosfl.config import DataSettings
 from mocosfl.data.decode import CHUNK, Item, Split, Undecoded
@@ -19,8 +21,8 @@ from mocosfl_device.pixels import Encoded
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 """Names that the column of the labels goes by, the preferred one first."""
 
-Column = Callable[[str], Iterator[tuple[str, Any]]]
-"""Goes through the values of the column of this name, each with where it is."""
+Column = Callable[[str, NDArray[np.bool_] | None], Iterator[tuple[str, Any]]]
+"""Goes through the values of the column of this name, of some rows or of all (None), each with where it is."""
 
 
 def read_parquet(files: list[Path], settings: DataSettings) -> Undecoded:
@@ -50,14 +52,19 @@ def read_parquet(files: list[Path], settings: DataSettings) -> Undecoded:
     return read_table(datasets.Features.from_arrow_schema(schemas[0]), count, partial(_parquet_column, files), settings)
 
 
-def _parquet_column(files: list[Path], name: str) -> Iterator[tuple[str, Any]]:
+def _parquet_column(files: list[Path], name: str, mask: NDArray[np.bool_] | None) -> Iterator[tuple[str, Any]]:
+    before = 0  # rows of the files before
     for file in files:
         row = 0
         with _blamed_on(file), pq.ParquetFile(file) as parquet:
             for batch in parquet.iter_batches(CHUNK, columns=[name]):
-                for value in batch.column(0).to_pylist():
-                    yield f"row {row} of {file}", value
-                    row += 1
+                here = np.arange(len(batch))
+                if mask is not None:
+                    here = np.flatnonzero(mask[before + row : before + row + len(batch)])
+                for place, value in zip(here.tolist(), batch.column(0).take(pa.array(here)).to_pylist(), strict=True):
+                    yield f"row {row + place} of {file}", value
+                row += len(batch)
+        before += row
 
 
 def hub_splits(hub: str, config: str | None, settings: DataSettings) -> dict[str, Split]:
@@ -92,13 +99,15 @@ def hub_splits(hub: str, config: str | None, settings: DataSettings) -> dict[str
     return splits
 
 
-def _hub_column(table: Any, place: str, name: str) -> Iterator[tuple[str, Any]]:
-    row = 0
+def _hub_column(table: Any, place: str, name: str, mask: NDArray[np.bool_] | None) -> Iterator[tuple[str, Any]]:
+    table = table.select_columns(name)
+    rows = np.arange(len(table)) if mask is None else np.flatnonzero(mask)
+    done = 0
     with _blamed_on(place):
-        for batch in table.select_columns(name).iter(CHUNK):
+        for batch in (table if mask is None else table.select(rows)).iter(CHUNK):
             for value in batch.column(0).to_pylist():
-                yield f"row {row} of {place}", value
-                row += 1
+                yield f"row {rows[done]} of {place}", value
+                done += 1
 
 
 @contextmanager
@@ -124,14 +133,17 @@ def read_table(features: Mapping[str, Any], count: int, column: Column, settings
     """
     image, label = _image_column(features, settings), _label_column(features, settings)
 
+    def some(mask: NDArray[np.bool_] | None) -> Iterator[Item]:
+        return ((where, _encoded(cell)) for where, cell in column(image, mask))
+
     def items() -> Iterator[Item]:
-        return ((where, _encoded(cell)) for where, cell in column(image))
+        return some(None)
 
     if label is None:
         return Undecoded(count, items)
     names = getattr(features[label], "names", None)
     labels, missing = [], None
-    for where, value in column(label):
+    for where, value in column(label, None):
         if value is None or (names is not None and value == -1):  # the hub writes "no label" as -1
             missing = missing or where
         elif names is not None and not 0 <= value < len(names):
@@ -140,7 +152,7 @@ def read_table(features: Mapping[str, Any], count: int, column: Column, settings
             labels.append(value)
     if missing and labels:
         raise DataError(f"{missing}: there is no {label}, while other rows have one")
-    return Undecoded(count, items, labels or None, None if names is None else tuple(names))
+    return Undecoded(count, items, labels or None, None if names is None else tuple(names), some)
 
 
 def _encoded(cell: Any) -> Encoded:

@@ -100,9 +100,9 @@ def minimise(x: Tensor, y: Tensor, classes: int, l2: float) -> tuple[Tensor, flo
             # float64: near the minimum the loss changes by less than float32 can tell, and the line search would fail.
             inputs = doubled(inputs)
             log_p = torch.addmm(bias, inputs, weight).log_softmax(dim=1)
-            at = labels.to(log_p.device)[:, None]
-            total = total - log_p.gather(1, at).sum() / len(x)
-            error = log_p.exp_().scatter_add(1, at, torch.full_like(log_p[:, :1], -1)) / len(x)  # places are distinct
+            truth = F.one_hot(labels.to(log_p.device), classes)
+            total = total - (log_p * truth).sum() / len(x)
+            error = (log_p.exp_() - truth) / len(x)
             gradient[:-1].addmm_(inputs.T, error)
             gradient[-1] += error.sum(dim=0)
         state.grad = gradient

@@ -76,7 +76,7 @@ def serve(
         stack.callback(cohort.stop)
         restore_images(config, run, cohort)
         cohort.start()
-        parts = Parts(encoder, cohort, server, device, World(), ([], []))
+        parts = Parts(encoder, head, cohort, server, device, World(), ([], []), encoder.client)
         wanted = settings.min_clients or config.clients.number
         return conduct(
             "flower", config, run, own, parts, cohort, wanted, evaluate_on, (*callbacks, FlowerLog(cohort)), console

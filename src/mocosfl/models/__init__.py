@@ -1,6 +1,6 @@
 """Backbones, the cut through them, and projection heads."""
 
-from mocosfl.models.heads import build_head
+from mocosfl.models.heads import WholeNetwork, build_head, build_predictor
 from mocosfl.models.split import Bottleneck, SplitModel, build, split
 
-__all__ = ["Bottleneck", "SplitModel", "build", "build_head", "split"]
+__all__ = ["Bottleneck", "SplitModel", "WholeNetwork", "build", "build_head", "build_predictor", "split"]

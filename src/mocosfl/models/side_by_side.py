@@ -1,4 +1,4 @@
-"""Many copies of one network, each with weights of its own, run as one network."""
+"""Many copies of one network, each with weights of its own, run as one network where that can be."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mocosfl.models.layers import ResidualBlock
+
 FEW = 32
 """Convolutions that read no more numbers for an output (27 in the stem for RGB images) are computed as matrix products:
 a grouped convolution with so few input channels takes nearly twice as long, one with 64 less than half (benchmarks)."""
@@ -22,13 +24,15 @@ Stack = dict[str, Tensor]
 class SideBySide:
     """P copies of a network, laid side by side as groups of channels.
 
+    That takes convolutions, GroupNorm, BatchNorm2d, and layers without weights that treat every channel alike. A
+    network with others (linear layers, LayerNorm, attention) is run one copy after another.
+
     n convolutions from I to O channels are one convolution in n groups from n*I to n*O; likewise for the norms, and
     layers without weights do not notice. Every image is a group of its own and is given its copy's weights. So there is
     no loop over copies, and a pass costs the same for one image a copy, for many, and for unequally many.
 
     Args:
-        network: weights and buffers that every copy starts with. Its layers: convolutions, GroupNorm, BatchNorm2d, and
-            any without weights that treat every channel alike.
+        network: weights and buffers that every copy starts with.
         sizes: (P,) images of each copy in one pass; n is their sum.
         device: where to put the copies.
         learns: whether gradients are wanted.
@@ -36,9 +40,7 @@ class SideBySide:
     Attributes:
         weights: parameters by name, (P, ...), leaves of autograd.
         statistics: buffers by name, (P, ...).
-
-    Raises:
-        TypeError: a layer with weights cannot be laid side by side.
+        in_turn: whether the copies are run one after another.
     """
 
     def __init__(self, network: nn.Module, sizes: Sequence[int], device: torch.device, learns: bool = True) -> None:
@@ -54,7 +56,9 @@ class SideBySide:
         self.owner = None if copies == images else owner
         # Only its structure is used: weights and statistics are handed to it in every pass.
         self.network = nn.Sequential(copy.deepcopy(network)).to("meta").train()
-        if not self.alone:
+        self.sizes = list(sizes)
+        self.in_turn = not self.alone and not _can_be_widened(self.network)
+        if not self.alone and not self.in_turn:
             _widen(self.network, images, owner, torch.tensor(sizes, device=device))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -64,8 +68,10 @@ class SideBySide:
             images: (V, n, C, H, W): V views of the images of copy 0, of copy 1, ...
 
         Returns:
-            (V, n, C', H', W'), in the same order.
+            (V, n, C', H', W'), or whatever shape the network's outputs have, in the same order.
         """
+        if self.in_turn:
+            return self._one_after_another(images)
         if self.alone:
             state = {f"0.{name}": stack[0] for name, stack in (self.weights | self.statistics).items()}
             return functional_call(self.network, state, images.flatten(0, 1)).unflatten(0, images.shape[:2])
@@ -73,6 +79,25 @@ class SideBySide:
         state = {name: w.flatten(0, 1) for name, w in weights.items()} | self.statistics
         state = {f"0.{name}": tensor for name, tensor in state.items()}
         return functional_call(self.network, state, images.flatten(1, 2)).unflatten(1, (images.shape[1], -1))
+
+    def _one_after_another(self, images: Tensor) -> Tensor:
+        # unbound at once: the gradient of a slice of a stack is a stack of zeros
+        stacks = {f"0.{name}": stack.unbind(0) for name, stack in (self.weights | self.statistics).items()}
+        outputs = []
+        for place, piece in enumerate(images.split(self.sizes, dim=1)):
+            state = {name: slices[place] for name, slices in stacks.items()}
+            output = functional_call(self.network, state, piece.flatten(0, 1))
+            outputs.append(output.unflatten(0, piece.shape[:2]))
+        return torch.cat(outputs, dim=1)
+
+
+_CHANNELWISE = (nn.Sequential, nn.Identity, nn.ReLU, nn.ReLU6, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+
+
+def _can_be_widened(network: nn.Module) -> bool:
+    """Whether all layers are of kinds that can be laid side by side."""
+    layers = (*_CHANNELWISE, ResidualBlock, nn.Conv2d, nn.GroupNorm, nn.BatchNorm2d)
+    return all(isinstance(module, layers) for module in network.modules())
 
 
 def _widen(network: nn.Module, groups: int, owner: Tensor, sizes: Tensor) -> None:
@@ -91,8 +116,6 @@ def _widen(network: nn.Module, groups: int, owner: Tensor, sizes: Tensor) -> Non
                 child.num_channels *= groups
             elif isinstance(child, nn.BatchNorm2d):
                 setattr(module, name, _BatchNorms(child, owner, sizes))
-            elif next(child.parameters(recurse=False), None) is not None:
-                raise TypeError(f"{type(child).__name__} cannot be laid side by side")
 
 
 def _is_plain(conv: nn.Conv2d) -> bool:
