@@ -50,6 +50,7 @@ def test_settings_left_out_take_their_defaults(tmp_path: Path) -> None:
         ({"clients.drop": 1.0}, r"clients\.drop=1\.0: input should be less than 1"),
         ({"clients.drop": 0.1, "traffic.loss_threshold": 1}, r"clients\.drop=0\.1: traffic\.loss_threshold keeps the"),
         ({"partition.quantity_skew": 0.5}, r"partition\.quantity_skew=0\.5: partition\.kind=classes gives all"),
+        ({"clients.drop": 0.1, "model.head": "large"}, r"clients\.drop=0\.1: one client may be all that is left"),
         ({"seed": -1}, r"seed=-1: input should be greater"),
     ],
     ids=str,

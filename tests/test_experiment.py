@@ -78,7 +78,10 @@ POOLED = {
 }
 
 
-@pytest.mark.parametrize("changes", [{}, POOLED, {"model.server_norm": "batch", "train.warmup": 0.3}], ids=str)
+CHURN = {"clients.drop": 0.5, "clients.pool": 6, "clients.round": 4, "sync.own": "ema"}
+
+
+@pytest.mark.parametrize("changes", [{}, POOLED, CHURN | {"model.server_norm": "batch", "train.warmup": 0.3}], ids=str)
 @pytest.mark.parametrize("kill_at", [1, 7, 11])
 def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path: Path, changes: dict, kill_at: int) -> None:
     config = small(**changes)
@@ -270,6 +273,26 @@ def test_unlabelled_images_train_without_evaluation(tmp_path: Path) -> None:
         mocosfl.evaluate(tmp_path / "run")
     assert not (tmp_path / "run/evaluation.json").exists()
     assert mocosfl.load_encoder(tmp_path / "run")(torch.rand(1, 3, 20, 20)).shape == (1, 32)
+
+
+def test_images_without_labels_beside_labelled_ones(tmp_path: Path) -> None:
+    """As STL-10 has them: trained on the ones, scored with the others."""
+    shades = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    for number, pixels in enumerate(shades):
+        split, kind = (("unlabeled", ""), ("train", f"{number % 2}"), ("test", f"{number % 2}"))[min(2, number // 16)]
+        folder = tmp_path / "set" / split / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    chosen = {
+        "partition.kind": "iid",
+        "data.source": str(tmp_path / "set"),
+        "data.train_split": "unlabeled",
+        "data.label_split": "train",
+    }
+    result = mocosfl.train(small(**chosen, **{"data.images": None, "clients.number": 2}), tmp_path / "run")
+    assert result.metrics["bank_images"] == 16
+    assert "knn_held_out" not in result.metrics
+    assert mocosfl.evaluate(tmp_path / "run")["knn"] == result.metrics["knn"]
 
 
 def test_streamed_images_train_to_the_same_bits(tmp_path: Path) -> None:

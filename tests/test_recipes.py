@@ -1,6 +1,8 @@
+import numpy as np
 import pytest
 
 from mocosfl.data.augment import policy_of
+from mocosfl.data.partition import partition_in_two
 from mocosfl.errors import SettingError
 from mocosfl.models import build
 from mocosfl.models.heads import WIDTHS
@@ -66,3 +68,19 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
         recipe("cifar10-noniid-10")
     with pytest.raises(SettingError, match="there are digits, cifar10-small"):
         recipe("zzz")
+
+
+@pytest.mark.parametrize(("number", "pool", "rich"), [(100, 100, 20), (200, 100, 20), (500, 100, 20)])
+def test_rich_and_poor_clients(number: int, pool: int, rich: int) -> None:
+    """A fifth of the clients, with half of the images and four times the batch: all pass over theirs equally often."""
+    config = recipe(f"cifar10-hetero-{number}")
+    assert (config.pool, config.pool_rich, config.rich) == (pool, rich, number // 5)
+    assert sorted(set(config.batches.tolist())) == [1, 4]
+    labels = np.random.default_rng(0).integers(0, 10, 20_000)
+    share = config.clients.rich_data_share
+    numbers = (number - config.rich, config.rich)
+    held = partition_in_two(config.partition, numbers, share, np.arange(20_000), labels, 10, 0, (1, 4))
+    passes = held.sizes / np.array([config.batch_of(client) for client in range(number)])
+    assert passes.min() > 0.9 * passes.mean()
+    assert passes.max() < 1.1 * passes.mean()
+    assert ((held.counts(labels, 10) > 0).sum(1) == 2).all()

@@ -177,6 +177,13 @@ def _views_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
         {"sync.every": 2},
         {"sync.every": 3, "clients.pool": 2, "clients.round": 4, "clients.batch": 2},
         {"sync.every": 4, "contrast.feature_sharing": False, "clients.pool": 3},
+        {
+            "sync.every": 3,
+            "contrast.feature_sharing": False,
+            "clients.pool": 3,
+            "clients.round": 6,
+            "clients.drop": 0.7,
+        },
         {"sync.every": 2, "contrast.objective": "mocov3", "contrast.predictor": 16},
         {"sync.every": 2, "contrast.objective": "simclr", "contrast.both_views": True},
         WHOLE | {"clients.rich_share": 0.34, "clients.rich_batch_factor": 2, "contrast.objective": "byol"},

@@ -595,6 +595,13 @@ class Config(Settings):
                 f"contrast.objective={contrast.objective}: it compares the images of a batch; {which} must be at "
                 "least 2"
             )
+        batched = contrast.objective in ("mocov3", "simclr", "byol") or self.model.head == "large"
+        if clients.drop and batched and clients.batch < 2:
+            raise ValueError(
+                f"clients.drop={clients.drop:g}: one client may be all that is left in a step, and "
+                f"contrast.objective={contrast.objective} with model.head={self.model.head} needs two images; set "
+                "clients.batch to at least 2"
+            )
         if not contrast.concatenate and self.model.head == "large" and least < 2:
             raise ValueError(
                 "model.head=large: BatchNorm has nothing to average over at clients.batch=1 with "

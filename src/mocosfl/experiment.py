@@ -503,8 +503,11 @@ def _describe(config: Config, federation: Federation, encoder: Encoder, trainer:
         "classes": f"{config.partition.classes_per_client} classes each",
         "dirichlet": f"Dirichlet({config.partition.alpha:g})",
     }[config.partition.kind]
+    if config.partition.quantity_skew is not None:
+        kind += f", volumes Dirichlet({config.partition.quantity_skew:g})"
     images = f"{sizes.min()}" if sizes.min() == sizes.max() else f"{sizes.min()} to {sizes.max()}"
     pool = "" if config.pool == len(sizes) else f", {config.pool} active in a round"
+    pool += f", {config.clients.drop:.0%} drop out between averages" if config.clients.drop else ""
     rich = f" ({config.rich} of them rich: batch {config.batches[-1]})" if config.rich else ""
     latent = "x".join(map(str, encoder.latent_shape))
     test = 0 if federation.splits.test is None else len(federation.splits.test)

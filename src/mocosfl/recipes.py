@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from mocosfl.config import (
     AugmentSettings,
@@ -163,6 +164,29 @@ def device_cache() -> Config:
     )
 
 
+def heterogeneous(number: int, rich: float = 0.2, factor: int = 4, data: float = 0.5) -> Config:
+    """`cifar10-noniid-NUMBER` with rich and poor clients, as in "A_B|C|D_E" of the authors' release.
+
+    Its numbers are not known to us. With these all clients pass over their images equally often: a rich one holds
+    data / rich : (1 - data) / (1 - rich) = 4 times as many as a poor one, and uses a batch 4 times as large.
+
+    Args:
+        number: N, clients.
+        rich: A, the share of the clients that are rich.
+        factor: C, how many times larger their batch is.
+        data: D, the share of the images that they hold together.
+    """
+    return published("cifar10", number, "noniid").updated(
+        {
+            "recipe": f"cifar10-hetero-{number}",
+            "clients.rich_share": rich,
+            "clients.rich_batch_factor": factor,
+            "clients.rich_data_share": data,
+            "clients.round": None,  # a pass over a client's images, with the larger batches
+        }
+    )
+
+
 def _published(source: str, number: int, kind: str, cut: int, probe: float) -> Recipe:
     return Recipe(lambda: published(source, number, kind, cut), "needs a GPU", f"{probe:.2f} % *")
 
@@ -186,6 +210,8 @@ RECIPES: dict[str, Recipe] = {
     "cifar10-device": Recipe(device, "needs a GPU", "not run"),
     "cifar10-device-cache": Recipe(device_cache, "needs a GPU", "not run"),
 }
+for _number in (100, 200, 500):
+    RECIPES[f"cifar10-hetero-{_number}"] = Recipe(partial(heterogeneous, _number), "needs a GPU", "not run")
 for (_source, _kind, _cut), _probes in _TABLE_1.items():
     for _number, _probe in zip((100, 200, 1000), _probes, strict=True):
         _recipe = _published(_source, _number, _kind, _cut, _probe)

@@ -100,6 +100,8 @@ class Trainer:
                 break
             with phase("server"):
                 gradients, metrics = self.server.step(latents, server_lr)
+            if self.config.clients.drop:  # share of the images that there would be if nobody were away
+                metrics["present"] = metrics["loss"].new_tensor(sum(latents.shares) / self.config.step_images)
             if gradients is not None:
                 with phase("clients"):
                     metrics |= self.cohort.backward(gradients, client_lr)
