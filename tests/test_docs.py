@@ -185,7 +185,7 @@ def test_settings_that_are_named_exist() -> None:
         for code in re.findall(r"`([^`\n]+)`", prose_of(page)):
             for name in re.findall(r"(?<![\w./-])(?:--)?([a-z]+\.[a-z][a-z_-]*)(?![\w./(])", code):
                 group, _, last = name.partition(".")
-                if group in groups and last not in ("py", "md", "json", "npz"):  # those are files
+                if group in groups and last not in ("py", "md", "json", "npz", "png", "safetensors"):  # those are files
                     assert name.replace(".no-", ".").replace("-", "_") in known, f"{page}: {name}"
 
 

@@ -16,7 +16,7 @@ import mocosfl
 from mocosfl import experiment
 from mocosfl.config import Config
 from mocosfl.data.images import ImageSet, channel_statistics
-from mocosfl.errors import RunError, SettingError
+from mocosfl.errors import DataError, RunError, SettingError
 from mocosfl.run import Run
 from mocosfl.trainer import Callback, Trainer
 
@@ -269,7 +269,9 @@ def test_unlabelled_images_train_without_evaluation(tmp_path: Path) -> None:
     result = mocosfl.train(config, tmp_path / "run")
     assert result.finished
     assert not {"knn", "linear_probe", "knn_held_out"} & set(result.metrics)
-    assert mocosfl.evaluate(tmp_path / "run") == {}
+    with pytest.raises(DataError, match="its training images have no labels; name labelled images with --data"):
+        mocosfl.evaluate(tmp_path / "run")
+    assert not (tmp_path / "run/evaluation.json").exists()
     assert mocosfl.load_encoder(tmp_path / "run")(torch.rand(1, 3, 20, 20)).shape == (1, 32)
 
 

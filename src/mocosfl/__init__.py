@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mocosfl.config import Config
     from mocosfl.encoder import Encoder, load_encoder
-    from mocosfl.experiment import Result, evaluate, pretrain, train
+    from mocosfl.evaluating import evaluate
+    from mocosfl.experiment import Result, pretrain, train
     from mocosfl.recipes import recipe
     from mocosfl.trust import trust_code
 
@@ -23,7 +24,7 @@ _HOME = {
     "Config": "mocosfl.config",
     "Encoder": "mocosfl.encoder",
     "Result": "mocosfl.experiment",
-    "evaluate": "mocosfl.experiment",
+    "evaluate": "mocosfl.evaluating",
     "load_encoder": "mocosfl.encoder",
     "pretrain": "mocosfl.experiment",
     "recipe": "mocosfl.recipes",

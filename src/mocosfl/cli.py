@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mocosfl import study
-from mocosfl.config import AttackSettings, Config, ModelSettings
+from mocosfl.config import AttackSettings, Config, EvaluationSettings, ModelSettings
 from mocosfl.errors import MocosflError, ReportedElsewhere, SettingError, nearest
 from mocosfl.network.settings import ServeSettings
 from mocosfl.recipes import recipe
@@ -60,10 +60,43 @@ class PretrainArguments(TrainArguments):
 
 @dataclass
 class EvaluateArguments:
-    """kNN before and after training, and linear probe, on the test set of a finished run."""
+    """How good an encoder is on labelled test images: kNN before and after training, linear probes by SGD and by
+    L-BFGS, alignment and uniformity of augmented views; fine-tuning with few labels, and a map of the features, where
+    asked for. Figures of a run go to evaluation.json in its folder. Nothing is chosen on test images."""
 
-    run: tyro.conf.Positional[Path]
-    """The run folder."""
+    run: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="RUN|FOLDER|FILE")]] = None
+    """A run folder; a folder that `mocosfl export` has written; or a file of weights: of one of those, or a ResNet of
+    others (.safetensors, .pt or .pth, named as in torchvision and timm), with --arch, --size, --mean and --std."""
+    data: str | None = None
+    """Other labelled images, or those for an encoder without a run, as --data.source of training: cifar100, a folder
+    and so on. They are brought to the encoder's size and channels. Unset: those of the run."""
+    image_column: str | None = None
+    """Column of the images in --data. Unset: the one column that holds images."""
+    label_column: str | None = None
+    """Column of the labels in --data. Unset: label, labels, fine_label or the one class column."""
+    semi_supervised: bool = False
+    """Also fine-tune the whole encoder with 10 % and with 1 % of the labels."""
+    map: Literal["tsne", "umap"] | None = None
+    """Also draw test images as points, placed by their features with t-SNE or UMAP (pip install 'mocosfl[umap]'), as
+    evaluation.png, or evaluation-transfer.png with --data; beside the file of --out under its name."""
+    out: Path | None = None
+    """File for the figures instead (.json). Without a run folder, unset: they are printed only."""
+    seed: int | None = None
+    """Of probe, labelled images, fine-tuning and views. Unset: the run's, or 0."""
+    arch: str | None = None
+    """Of a ResNet of others: resnet18, resnet34, resnet50 and so on."""
+    size: int | None = None
+    """Height and width of its images in pixels."""
+    mean: tuple[float, ...] = ()
+    """Mean of each channel that it was trained with, for pixels in [0, 1]: 0.485 0.456 0.406 of ImageNet."""
+    std: tuple[float, ...] = ()
+    """Standard deviation of each channel: 0.229 0.224 0.225 of ImageNet."""
+    stem: Literal["32", "64", "224"] | None = None
+    """How it begins: 224 is 7x7 stride 2 and max-pool, 64 is 3x3 stride 2, 32 is 3x3 stride 1. Unset: 224 or 32, by
+    its first convolution."""
+    prefix: str | None = None
+    """Of its names in the file, such as module.encoder_q. with the dot. Unset: found, if there is but one ResNet."""
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto."""
 
@@ -317,10 +350,32 @@ def _tell(command: str, result: Any) -> int:
 
 
 def _evaluate(args: Sequence[str]) -> int:
-    given = tyro.cli(EvaluateArguments, prog="mocosfl evaluate", args=args)
-    from mocosfl.experiment import evaluate
+    parsed = partial(tyro.cli, EvaluateArguments, prog="mocosfl evaluate", args=args)
+    given = parsed()
+    if given.run is None:
+        errors.print("name a run, or another encoder", highlight=False)
+        return 2
+    from mocosfl.evaluating import evaluate
+    from mocosfl.foreign import open_encoder
+    from mocosfl.run import Run
 
-    print_figures(evaluate(given.run, console, given.device))
+    if (given.run / "config.yaml").is_file():  # its settings are those that the flags change
+        given = parsed(default=EvaluateArguments(evaluation=Run.open(given.run).config.evaluation))
+    of_resnet = {name: getattr(given, name) for name in ("arch", "size", "mean", "std", "stem", "prefix")}
+    figures = evaluate(
+        open_encoder(given.run, **of_resnet) if any(of_resnet.values()) else given.run,
+        console,
+        given.device,
+        data=given.data,
+        image_column=given.image_column,
+        label_column=given.label_column,
+        settings=given.evaluation,
+        semi_supervised=given.semi_supervised,
+        feature_map=given.map,
+        out=given.out,
+        seed=given.seed,
+    )
+    print_figures(figures)
     return 0
 
 
@@ -424,6 +479,9 @@ def print_figures(metrics: dict[str, Any], console: Console = console) -> None:
         ("kNN of the untrained encoder", "knn_untrained"),
         ("kNN", "knn"),
         ("linear probe", "linear_probe"),
+        ("linear probe by L-BFGS", "logistic_probe"),
+        ("fine-tuned with 10 % of the labels", "finetune_10"),
+        ("fine-tuned with 1 % of the labels", "finetune_1"),
     ]
     if not any(key in metrics for _, key in rows):
         return
@@ -434,6 +492,11 @@ def print_figures(metrics: dict[str, Any], console: Console = console) -> None:
         if key in metrics:
             table.add_row(label, f"{metrics[key]:.2f} %")
     console.print(table)
+    if metrics.get("uniformity") is not None:
+        console.print(
+            f"alignment {metrics['alignment']:.4f}, uniformity {metrics['uniformity']:.4f} (less is better)",
+            highlight=False,
+        )
 
 
 def _recipes(args: Sequence[str]) -> int:
@@ -601,7 +664,7 @@ def _enroll(args: Sequence[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train an encoder, or resume a run"),
     "pretrain": (_pretrain, "train a client half that resists inversion, before any client takes part"),
-    "evaluate": (_evaluate, "kNN and linear probe of a finished run"),
+    "evaluate": (_evaluate, "kNN, probes, fine-tuning and more of a run, or of an encoder of others"),
     "embed": (_embed, "features of your images by a trained encoder, as a parquet file"),
     "export": (_export, "a trained encoder for use elsewhere: Hugging Face layout, ONNX, torchvision, client half"),
     "attack": (_attack, "what the server could see of a client's images: reconstructions and scores"),

@@ -506,7 +506,7 @@ class TrainSettings(Settings):
 
 
 class EvaluationSettings(Settings):
-    """The kNN monitor, and kNN and linear probe at the end."""
+    """The kNN monitor, kNN and linear probe at the end, and what `mocosfl evaluate` does besides (docs/evaluate.md)."""
 
     group = "evaluation"
 
@@ -522,6 +522,15 @@ class EvaluationSettings(Settings):
     """Epochs of the linear probe; 0: no probe."""
     probe_lr: Annotated[float, Field(gt=0)] = 0.1
     """Learning rate of the linear probe at its start; it falls to zero along a cosine."""
+    probe_penalty: Annotated[float, Field(gt=0)] = 1e-3
+    """L2 strength of the logistic probe, by L-BFGS: half of this times the sum of the squared weights is added to the
+    mean loss. Never chosen on test images."""
+    finetune_epochs: Count = 100
+    """Epochs of semi-supervised fine-tuning, over the images that are labelled."""
+    finetune_lr: Annotated[float, Field(gt=0)] = 0.01
+    """Learning rate of fine-tuning at its start, of encoder and classifier; it falls to zero along a cosine."""
+    finetune_batch: Annotated[int, Field(ge=2)] = 64
+    """Images of a step of fine-tuning, at most."""
     batch: Count = 500
     """Images in one batch of feature extraction."""
 

@@ -85,7 +85,7 @@ def embed(
     encoder.to(chosen)
     notes: Counter[str] = Counter()
     began = time.monotonic()
-    with _own_words(), prepared(chosen):
+    with own_words(), prepared(chosen):
         settings = DataSettings(
             source=data,
             size=encoder.size,
@@ -121,7 +121,7 @@ def _opened(folder: Path) -> Encoder:
 
 
 @contextmanager
-def _own_words() -> Iterator[None]:
+def own_words() -> Iterator[None]:
     """Errors of a source name settings of a run; here they are flags."""
     try:
         yield

@@ -29,7 +29,6 @@ from mocosfl.compute import keep_freed_memory
 from mocosfl.config import ClientSettings, Config
 from mocosfl.data.federation import Federation, Guests, federate
 from mocosfl.data.images import channel_statistics
-from mocosfl.data.sources import load
 from mocosfl.distributed import World, joined
 from mocosfl.encoder import Encoder, load_encoder, load_head, save_weights
 from mocosfl.errors import ReportedElsewhere, RunError, SettingError
@@ -488,38 +487,6 @@ def prepared(device: torch.device) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0])
         torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
         torch.backends.cudnn.allow_tf32 = before[1]
-
-
-def evaluate(path: str | Path, console: Console | None = None, device: str = "auto") -> dict[str, Any]:
-    """Evaluate the encoder of a finished run on its test set, and write the figures to evaluation.json.
-
-    Args:
-        path: the run folder.
-        console: where messages go. Unset: nowhere.
-        device: as ``train.device``.
-
-    Returns:
-        ``knn_untrained``, ``knn`` and ``linear_probe`` in percent; empty without labels.
-
-    Raises:
-        RunError: there is no finished run, or a served one without images of the server's own.
-    """
-    console = console or Console(quiet=True)
-    run = Run.open(path)
-    encoder = load_encoder(run.path)
-    chosen = choose_device(device)
-    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    data = run.config.data
-    if run.clients_elsewhere:  # the clients' images are not here; those of the server may be
-        own = (run.data_facts() or {}).get("evaluate_on")
-        if own is None:
-            raise RunError(f"{path} was served without evaluate_on: there are no images here to evaluate on")
-        data = data.model_copy(update={"source": own})
-    splits = load(data, run.config.seed, say).scored
-    metrics = final_figures(run.config, splits, encoder.to(chosen), say, World())
-    if metrics:
-        run.write_json("evaluation.json", metrics)
-    return metrics
 
 
 def _describe(config: Config, federation: Federation, encoder: Encoder, trainer: Trainer) -> str:

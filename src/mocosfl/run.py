@@ -13,7 +13,8 @@
     participation.npy    images drawn from every client so far
     seen.npy             fingerprints of the images that the server saw before the clients started
     curve.png            loss, contrast accuracy and kNN over the run
-    result.json          the figures at the end; evaluation.json those of `mocosfl evaluate`
+    result.json          the figures at the end; evaluation.json those of `mocosfl evaluate`, and its map as
+                         evaluation.png, or evaluation-transfer.png for other images
     events.jsonl         of `mocosfl serve`: joins, refusals, late clients and so on, with client and address
     privacy.json         what `mocosfl attack` found; reconstructions.png shows it
     export/              what `mocosfl export` has written
@@ -61,6 +62,8 @@ FILES = (
     "curve.png",
     "result.json",
     "evaluation.json",
+    "evaluation.png",
+    "evaluation-transfer.png",
     "privacy.json",
     "reconstructions.png",
     "export",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,37 @@ from mocosfl.data.images import ImageSet, upload
 from mocosfl.data.sources import Splits, balanced
 from mocosfl.distributed import World
 from mocosfl.encoder import Encoder
-from mocosfl.evaluation import extract, knn_accuracy, linear_probe
+from mocosfl.evaluation import knn_accuracy, linear_probe
+from mocosfl.evaluation.features import extract_from
 from mocosfl_device.randomness import stream
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images to evaluate on.
+
+    Attributes:
+        train: the bank of the kNN, and what probes learn from.
+        test: what they are scored on.
+        train_labels, test_labels: (n,) int64 on the compute device.
+        classes: their number.
+    """
+
+    train: ImageSet
+    test: ImageSet
+    train_labels: Tensor
+    test_labels: Tensor
+    classes: int
+
+    @classmethod
+    def of(cls, splits: Splits, device: torch.device) -> Labelled | str:
+        """The images of a source, or what they lack."""
+        train, test = splits.train, splits.test
+        if train.labels is None or train.classes is None:
+            return "its training images have no labels"
+        if test is None or test.labels is None:
+            return "there is no test split" if test is None else "its test images have no labels"
+        return cls(train, test, upload(train.labels, device), upload(test.labels, device), len(train.classes))
 
 
 def final_figures(
@@ -35,29 +65,46 @@ def final_figures(
     Returns:
         Figures by name, as in result.json; none without labelled training and test images.
     """
-    train, test = splits.train, splits.test
-    if train.labels is None or train.classes is None or test is None or test.labels is None:
+    images = Labelled.of(splits, encoder.mean.device)
+    if isinstance(images, str):
         say("evaluation: it needs training and test images with labels, and is skipped")
         return {}
-    device, settings, classes = encoder.mean.device, config.evaluation, len(train.classes)
-    untrained = Encoder(config.model, encoder.channels, encoder.size, config.seed).to(device)
+    return frozen_figures(encoder, images, config.evaluation, config.seed, world)[0]
+
+
+def frozen_figures(
+    encoder: Encoder, images: Labelled, settings: EvaluationSettings, seed: int, world: World
+) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
+    """kNN of an encoder and of one of its kind that is untrained, and linear probe.
+
+    Args:
+        encoder: the trained one.
+        images: to evaluate on.
+        settings: of the evaluation.
+        seed: of the untrained encoder's weights and the probe.
+        world: the processes of the run; all of them call.
+
+    Returns:
+        Figures by name; and features of training and test images, (n, D) float32 each.
+    """
+    untrained = Encoder(encoder.settings, encoder.channels, encoder.size, seed).to(encoder.mean.device)
     untrained.mean.copy_(encoder.mean)
     untrained.std.copy_(encoder.std)
-    train_labels, test_labels = upload(train.labels, device), upload(test.labels, device)
 
     def features(model: Encoder) -> tuple[Tensor, Tensor]:
         bank, queries = (
-            _features(model, split, np.arange(len(split)), settings.batch, world) for split in (train, test)
+            _features(model, split, np.arange(len(split)), settings.batch, world)
+            for split in (images.train, images.test)
         )
         return bank, queries
 
     def knn(bank: Tensor, queries: Tensor) -> float:
-        return _knn(bank, train_labels, queries, test_labels, settings, classes, world)
+        return _knn(bank, images.train_labels, queries, images.test_labels, settings, images.classes, world)
 
     bank, queries = features(encoder)
     metrics: dict[str, Any] = {
-        "bank_images": len(train),
-        "test_images": len(test),
+        "bank_images": len(images.train),
+        "test_images": len(images.test),
         "knn_untrained": knn(*features(untrained)),
         "knn": knn(bank, queries),
     }
@@ -65,17 +112,17 @@ def final_figures(
         probe = world.first(
             lambda: linear_probe(
                 bank,
-                train_labels,
+                images.train_labels,
                 queries,
-                test_labels,
-                classes,
+                images.test_labels,
+                images.classes,
                 settings.probe_epochs,
                 settings.probe_lr,
-                stream(config.seed, "probe"),
+                stream(seed, "probe"),
             )
         )
         metrics |= {"linear_probe": probe.accuracy, "linear_probe_train": probe.train_accuracy}
-    return metrics
+    return metrics, (bank, queries)
 
 
 def held_out_knn(
@@ -111,11 +158,9 @@ def held_out_knn(
 
 def _features(encoder: Encoder, images: ImageSet, rows: NDArray[np.int64], batch: int, world: World) -> Tensor:
     """(len(rows), D) features; every process computes a share of them and has all of them."""
-    device = encoder.mean.device
     own = rows[world.share(len(rows))]
-    batches = (images.take(own[start : start + batch], device).float() / 255 for start in range(0, len(own), batch))
-    features = extract(encoder, batches) if len(own) else torch.zeros(0, encoder.features, device=device)
-    return world.gather(features, world.lengths(len(rows)))
+    nothing = torch.zeros(0, encoder.features, device=encoder.mean.device)
+    return world.gather(extract_from(encoder, images, own, batch) if len(own) else nothing, world.lengths(len(rows)))
 
 
 def _knn(

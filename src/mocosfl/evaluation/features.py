@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import chain
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from mocosfl.data.images import ImageSet
 
 
 def extract(encoder: nn.Module, batches: Iterable[Tensor]) -> Tensor:
@@ -48,6 +52,23 @@ def extract(encoder: nn.Module, batches: Iterable[Tensor]) -> Tensor:
     return torch.cat(features)
 
 
+def extract_from(encoder: nn.Module, images: ImageSet, rows: NDArray[np.int64], batch: int) -> Tensor:
+    """``extract`` for some images of a set.
+
+    Args:
+        encoder: maps images in [0, 1], (n, C, S, S) float32, to features (n, D).
+        images: the set.
+        rows: (N,) int64, N at least 1.
+        batch: images of a forward pass.
+
+    Returns:
+        (N, D) float32 on the encoder's device.
+    """
+    device = next(chain(encoder.parameters(), encoder.buffers())).device
+    parts = (rows[start : start + batch] for start in range(0, len(rows), batch))
+    return extract(encoder, (images.take(part, device).float() / 255 for part in parts))
+
+
 def check_labelled(name: str, features: Tensor, labels: Tensor) -> None:
     """Require at least one feature vector, and one label for each.
 
@@ -66,3 +87,8 @@ def check_labelled(name: str, features: Tensor, labels: Tensor) -> None:
             f"{name} labels of shape {tuple(labels.shape)} and type {labels.dtype}: "
             f"expected one integer for each of the {len(features)} feature vectors"
         )
+
+
+def doubled(tensor: Tensor) -> Tensor:
+    """A tensor in float64; on the CPU where its device (MPS) has no such numbers."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

@@ -59,6 +59,21 @@ def linear_probe(
     Raises:
         ValueError: features are empty, shapes do not agree, or a label or epochs is out of its range.
     """
+    check_probed(train, train_labels, test, test_labels, classes)
+    if epochs < 1:
+        raise ValueError(f"epochs={epochs}: must be at least 1")
+
+    with torch.no_grad():
+        train, test = standardised(train, test)
+        weight, bias = fit(train, train_labels.long(), classes, epochs, lr, seed)
+        return ProbeResult(
+            accuracy=accuracy(torch.addmm(bias, test, weight), test_labels),
+            train_accuracy=accuracy(torch.addmm(bias, train, weight), train_labels),
+        )
+
+
+def check_probed(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int) -> None:
+    """Raises ``ValueError`` where features are empty, shapes do not agree, or a label is out of its range."""
     check_labelled("train", train, train_labels)
     check_labelled("test", test, test_labels)
     if test.shape[1] != train.shape[1]:
@@ -67,19 +82,19 @@ def linear_probe(
         low, high = (int(label) for label in labels.aminmax())
         if low < 0 or high >= classes:
             raise ValueError(f"{name} labels from {low} to {high}: expected 0 to {classes - 1}, classes={classes}")
-    if epochs < 1:
-        raise ValueError(f"epochs={epochs}: must be at least 1")
 
-    with torch.no_grad():
-        std, mean = torch.std_mean(train.float(), dim=0, correction=0)
-        # What is constant in training but for rounding must not be blown up to unit variance.
-        std = torch.where(std > 1e-6 * mean.abs(), std, 1)
-        train, test = ((features.float() - mean) / std for features in (train, test))
-        weight, bias = fit(train, train_labels.long(), classes, epochs, lr, seed)
-        return ProbeResult(
-            accuracy=_accuracy(torch.addmm(bias, test, weight), test_labels),
-            train_accuracy=_accuracy(torch.addmm(bias, train, weight), train_labels),
-        )
+
+def standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sets of features, float32, with mean and standard deviation of the training features taken out."""
+    mean, std = moments(train)
+    return (train.float() - mean) / std, (test.float() - mean) / std
+
+
+def moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each feature, (N, D) to (D,) float32 each; 1 for that of a constant one."""
+    std, mean = torch.std_mean(features.float(), dim=0, correction=0)
+    # What is constant but for rounding must not be blown up to unit variance.
+    return mean, torch.where(std > 1e-6 * mean.abs(), std, 1)
 
 
 def fit(x: Tensor, y: Tensor, classes: int, epochs: int, lr: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -117,5 +132,6 @@ def fit(x: Tensor, y: Tensor, classes: int, epochs: int, lr: float, seed: int) -
     return state[:-1], state[-1]
 
 
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of the images, in percent, whose greatest logit is that of their label: (N, classes), (N,)."""
     return 100 * (logits.argmax(dim=1) == labels).sum().item() / len(labels)

@@ -247,7 +247,7 @@ def _figures(run: Run, settings: Config, figures: dict[str, Any]) -> str:
         return "None: there were no labelled images to evaluate on."
     names = {"knn_untrained": "kNN of the untrained encoder", **FIGURES}
     rows = {name: f"{figures[key]:.2f} %" for key, name in names.items() if key in figures}
-    evaluation = settings.evaluation
+    evaluation = settings.evaluation.model_copy(update=figures.get("how", {}).get("settings", {}))
     test = shown_source(_tested_on(run, run.config) or "")
     how = (
         f"Accuracy on all {figures['test_images']:,} test images of {test}. kNN with k = {evaluation.k}, "

@@ -36,7 +36,7 @@ def torchvision_weights(encoder: Encoder) -> tuple[dict[str, Tensor], dict[str, 
         reasons.append(f"model.bottleneck={settings.bottleneck}: theirs have no such pair of convolutions")
     if reasons:
         raise SettingError(f"a ResNet of torchvision or timm cannot be like this one: {'; '.join(reasons)}")
-    modules = _by_their_names(with_plain_filters(encoder))
+    modules = by_their_names(with_plain_filters(encoder))
     weights = {f"{name}.{part}": t for name, module in modules.items() for part, t in module.state_dict().items()}
     conv1 = modules["conv1"]
     assert isinstance(conv1, nn.Conv2d)
@@ -66,8 +66,8 @@ def torchvision_weights(encoder: Encoder) -> tuple[dict[str, Tensor], dict[str, 
     return weights, facts
 
 
-def _by_their_names(encoder: nn.Module) -> dict[str, nn.Module]:
-    """Convolutions and norms."""
+def by_their_names(encoder: nn.Module) -> dict[str, nn.Module]:
+    """Convolutions and norms of an encoder without a bottleneck pair, in the order of the network."""
     found: dict[str, nn.Module] = {}
     for half in ("client", "server"):
         for name, piece in encoder.get_submodule(half).named_children():

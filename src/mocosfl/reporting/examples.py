@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from mocosfl.data.images import ImageSet
 from mocosfl.data.sources import balanced, load
 from mocosfl.encoder import load_encoder
 from mocosfl.errors import MocosflError
-from mocosfl.evaluation import extract
+from mocosfl.evaluation.features import extract_from
 from mocosfl.reporting.report import Missing
 from mocosfl.run import Run
 
@@ -26,7 +27,7 @@ IMAGES = 1000
 QUERIES, NEIGHBOURS = 8, 5
 LEAST = 2 * NEIGHBOURS
 """Of fewer images nothing can be said."""
-COMPONENTS, PERPLEXITY = 50, 30
+COMPONENTS, PERPLEXITY, UMAP_NEIGHBOURS = 50, 30, 15
 SAME = 1e-5
 """Features of norm 1 that differ by less differ by rounding alone."""
 
@@ -90,8 +91,7 @@ def _examples(path: Path, device: torch.device, say: Callable[[str], None]) -> E
     rng = np.random.default_rng(0)  # not the run's: runs beside each other show the same images
     total, rows = len(rows), balanced(rows, images.labels, min(IMAGES, len(rows)), rng)
     say(f"features of {len(rows):,} {what} ({path})")
-    batches = (images.take(rows[start : start + 250], device).float() / 255 for start in range(0, len(rows), 250))
-    features = F.normalize(extract(encoder, batches), dim=1).cpu()
+    features = F.normalize(extract_from(encoder, images, rows, batch=250), dim=1).cpu()
     labels = None if images.labels is None else images.labels[rows]
     queries = balanced(np.arange(len(rows)), labels, min(QUERIES, len(rows)), rng)
     similarity = features[queries] @ features.T
@@ -110,8 +110,8 @@ def _examples(path: Path, device: torch.device, say: Callable[[str], None]) -> E
     )
 
 
-def placed(features: NDArray[np.float32]) -> NDArray[np.float32] | Missing:
-    """Places on a map, (n, 2), such that images with like features are near each other: PCA, then t-SNE.
+def placed(features: NDArray[np.float32], method: Literal["tsne", "umap"] = "tsne") -> NDArray[np.float32] | Missing:
+    """Places on a map, (n, 2), such that images with like features are near each other: PCA, then t-SNE or UMAP.
 
     ``Missing`` where the features, of norm 1, are the same up to rounding, or not finite: t-SNE crashes on such.
     """
@@ -124,6 +124,10 @@ def placed(features: NDArray[np.float32]) -> NDArray[np.float32] | Missing:
 
     count, width = features.shape
     fewer = PCA(min(COMPONENTS, count, width), random_state=0).fit_transform(features)
+    if method == "umap":
+        from umap import UMAP
+
+        return UMAP(n_neighbors=min(UMAP_NEIGHBOURS, count - 1), random_state=0, n_jobs=1).fit_transform(fewer)
     return TSNE(perplexity=min(PERPLEXITY, (count - 1) / 3), init="pca", random_state=0).fit_transform(fewer)
 
 

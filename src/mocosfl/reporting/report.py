@@ -226,7 +226,8 @@ class Reader:
         command = facts.get("kind", "train")
         result = self._file("result.json", _figures, UNFINISHED)
         evaluation = self._file("evaluation.json", _figures, "")
-        if isinstance(evaluation, Missing) and not evaluation.why:
+        there = evaluation.why if isinstance(evaluation, Missing) else "knn" in evaluation
+        if not there:  # or of other images alone
             evaluation = result
         if not isinstance(evaluation, Missing) and "knn" not in evaluation:
             evaluation = Missing("there were no labelled training and test images to evaluate on")
@@ -292,6 +293,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 FIGURES = (
     *("knn_untrained", "knn", "linear_probe", "linear_probe_train", "test_images", "bank_images"),
+    *("logistic_probe", "finetune_10", "finetune_1", "alignment", "uniformity"),
     *("steps", "training_seconds", "evaluation_seconds"),
 )
 """Of result.json and evaluation.json, what is shown as a number."""

@@ -390,6 +390,11 @@ def evaluation(runs: Sequence[Shown], waits: bool) -> Section:
         "knn": "kNN",
         "linear_probe": "linear probe",
         "linear_probe_train": "linear probe on its own training images",
+        "logistic_probe": "linear probe by L-BFGS",
+        "finetune_10": "fine-tuned with 10 % of the labels",
+        "finetune_1": "fine-tuned with 1 % of the labels",
+        "alignment": "alignment of views (less is better)",
+        "uniformity": "uniformity of views (less is better)",
         "test_images": "test images",
         "bank_images": "training images (bank)",
     }
@@ -418,6 +423,8 @@ def evaluation(runs: Sequence[Shown], waits: bool) -> Section:
 def _score(figures: dict[str, Any] | Missing, key: str) -> str:
     if isinstance(figures, Missing) or key not in figures:
         return "–"
+    if key in ("alignment", "uniformity"):
+        return f"{figures[key]:.4f}"
     return f"{figures[key]:,}" if key.endswith("_images") else f"{figures[key]:.2f} %"
 
 
