@@ -16,7 +16,8 @@ from mocosfl.config import ModelSettings
 from mocosfl.encoder import CONFIG, WEIGHTS, Encoder, load_encoder
 from mocosfl.errors import RunError, SettingError
 from mocosfl.exporting.torchvision import by_their_names
-from mocosfl.models.resnet import BLOCKS, Stem
+from mocosfl.models.pieces import Stem
+from mocosfl.models.resnet import BLOCKS
 from mocosfl.run import Run
 
 FIRST, SECOND = "conv1.weight", "layer1.0.conv1.weight"
