@@ -143,6 +143,7 @@ def files(run: Path) -> set[str]:
     return {path.name for path in run.iterdir()}
 
 
+@pytest.mark.soak
 def test_the_command_under_torchrun(tmp_path: Path) -> None:
     """One run folder, the same figures as one process, and a clear message when it cannot be used."""
     run, alone = tmp_path / "run", tmp_path / "alone"

@@ -292,6 +292,7 @@ def test_models_prints_and_writes_what_is_counted(tmp_path: Path, capsys: pytest
     assert "expected resnet18" in capsys.readouterr().err
 
 
+@pytest.mark.soak
 def test_their_pieces_become_onnx() -> None:
     """One of each kind, one after another."""
     with seeded(0):
