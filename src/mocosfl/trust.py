@@ -1,7 +1,7 @@
-"""Which functions of the user may be run where settings name them.
+"""Which functions and classes of the user may be run where settings name them.
 
-Settings come with run folders and from servers, so that they name a function is no reason to run it: somebody has to
-say so here, on this machine.
+Settings come with run folders and from servers, so that they name one is no reason to run it: somebody has to say so
+here, on this machine.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 from mocosfl.errors import SettingError
 
 VARIABLE = "MOCOSFL_TRUST_CODE"
-"""Of the environment: functions that may be run, ``MODULE:FUNCTION``, with commas between them."""
+"""Of the environment: what may be run, ``MODULE:FUNCTION`` or ``FILE.py:CLASS``, with commas between them."""
 
 _trusted: set[str] = set()
 
@@ -21,7 +21,7 @@ def trust_code(function: str) -> None:
 
     Args:
         function: ``MODULE:FUNCTION``, such as ``my_networks:small``, as ``model.backbone=python:my_networks:small`` has
-            it.
+            it; or ``FILE.py:CLASS``, as ``contrast.objective`` has it.
     """
     _trusted.add(function)
 

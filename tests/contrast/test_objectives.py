@@ -120,9 +120,13 @@ number = 3
 '''
 
 
-def test_an_objective_of_the_users_own(tmp_path: Path) -> None:
+def test_an_objective_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "mine.py"
     file.write_text(OWN)
+    with pytest.raises(SettingError, match=r"mine\.py:Far: this runs code of yours, which nobody has allowed here"):
+        objective_of(ContrastSettings(objective=f"{file}:Far"))
+    names = (f"{file}:Far", f"{file}:Near", f"{file}:number", f"{tmp_path}/yours.py:Far")
+    monkeypatch.setenv("MOCOSFL_TRUST_CODE", ",".join(names))
     found = objective_of(ContrastSettings(objective=f"{file}:Far"))
     given = batch(3)
     torch.testing.assert_close(found(given)[0], (given.queries - given.keys).square().mean(dim=2))

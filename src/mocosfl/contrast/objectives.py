@@ -19,6 +19,7 @@ from torch import Tensor
 from mocosfl.config import ContrastSettings
 from mocosfl.contrast.infonce import infonce
 from mocosfl.errors import SettingError
+from mocosfl.trust import check_trusted
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,8 @@ def objective_of(settings: ContrastSettings) -> Objective:
     """The objective that ``contrast.objective`` names.
 
     Raises:
-        SettingError: the file that it names cannot be loaded, or has no such objective.
+        SettingError: the file that it names may not be run here (``mocosfl.trust``), cannot be loaded, or has no such
+            objective.
     """
     if settings.objective in OBJECTIVES:
         return OBJECTIVES[settings.objective](settings)
@@ -160,6 +162,7 @@ def objective_of(settings: ContrastSettings) -> Objective:
 def _from_file(text: str) -> type[Objective]:
     path, _, name = text.rpartition(":")
     what = f"contrast.objective={text}"
+    check_trusted(what, text)
     if not Path(path).is_file():
         raise SettingError(f"{what}: there is no file {path}")
     spec = importlib.util.spec_from_file_location(f"mocosfl_objective_{Path(path).stem}", path)
