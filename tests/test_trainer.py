@@ -186,8 +186,14 @@ def _views_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
         },
         {"sync.every": 2, "contrast.objective": "mocov3", "contrast.predictor": 16},
         {"sync.every": 2, "contrast.objective": "simclr", "contrast.both_views": True},
-        WHOLE | {"clients.rich_share": 0.34, "clients.rich_batch_factor": 2, "contrast.objective": "byol"},
-        WHOLE | {"clients.pool": 3, "clients.round": 2, "contrast.objective": "simclr"},
+        WHOLE
+        | {
+            "clients.drop": 0.5,
+            "clients.rich_share": 0.34,
+            "clients.rich_batch_factor": 2,
+            "contrast.objective": "byol",
+        },
+        WHOLE | {"clients.pool": 3, "clients.round": 2, "contrast.objective": "simclr", "clients.drop": 0.5},
     ],
     ids=str,
 )

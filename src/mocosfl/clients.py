@@ -280,9 +280,9 @@ class LocalCohort(_Simulated):
         self.seats_of = self.world.lengths(config.pool)
         seats = [self.shares[self.world.rank]] if self.identical else self.sizes[self.seats].tolist()
         self.online = SideBySide(half, seats, device)
-        target = half.target if isinstance(half, WholeNetwork) else half
-        self.momentum = SideBySide(target, seats, device, learns=False)
         self.takes_keys = objective_of(config.contrast).keys
+        target = half.target if isinstance(half, WholeNetwork) else half
+        self.momentum = SideBySide(target if self.takes_keys else nn.Sequential(), seats, device, learns=False)
         self.velocity = {name: torch.zeros_like(p.detach()) for name, p in self.online.weights.items()}
         self.optimizer = self._optimizer()
         self._online, self._momentum = compiled(self.online.forward, config), compiled(self.momentum.forward, config)

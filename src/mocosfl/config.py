@@ -335,8 +335,8 @@ class ClientSettings(Settings):
     frozen: bool = False
     """Clients never change their half: they are sent no gradient and no average. Needs init."""
     keep_optimizer: bool = False
-    """Keep a client's SGD momentum while it is outside the pool. Off: it starts from zero when it comes back. With
-    all clients active nobody is ever outside."""
+    """Keep a client's SGD momentum while it is outside the pool, or has dropped out. Off: it starts from zero when it
+    comes back."""
 
 
 class SyncSettings(Settings):
@@ -632,6 +632,11 @@ class Config(Settings):
                 f"defence.kind={self.defence.kind}: a loss changes nothing where clients.frozen=True; accepted with it "
                 "are none, noise and dropout"
             )
+        if clients.frozen and contrast.objective == "simclr":
+            raise ValueError(
+                "contrast.objective=simclr: both views train the clients, and clients.frozen=True; accepted with it "
+                "are moco, mocov3 and byol"
+            )
         if clients.frozen and contrast.both_views:
             raise ValueError("contrast.both_views=True: it doubles what clients learn from, and they are frozen")
         if clients.frozen and self.sync.own != "none":
@@ -640,48 +645,58 @@ class Config(Settings):
                 "none"
             )
         self._check_recalling()
-        self._check_batches()
+        if contrast.objective in OBJECTIVES:  # of others it is known once their class is
+            batches = contrast.objective in ("mocov3", "simclr", "byol")
+            self.check_objective(contrast.objective == "moco", batches)
         if clients.holds == "network":
             self._check_whole()
         if self.pretrain.spare_client >= clients.number:
             raise ValueError(
                 f"pretrain.spare_client={self.pretrain.spare_client}: the clients are 0 to {clients.number - 1}"
             )
-        own_queues = contrast.objective == "moco" and not contrast.feature_sharing
-        if own_queues and clients.rich_batch_factor > 1:
-            raise ValueError(
-                f"clients.rich_batch_factor={clients.rich_batch_factor}: needs contrast.feature_sharing=True, because "
-                "the clients' own queues take in equally many keys"
-            )
-        if own_queues and contrast.queue < clients.number:
-            raise ValueError(
-                f"contrast.queue={contrast.queue}: without feature sharing each of the {clients.number} clients "
-                "needs at least one key of its own"
-            )
         return self
 
-    def _check_batches(self) -> None:
-        """Negatives, and BatchNorm, need more than one image."""
+    def check_objective(self, queue: bool, batches: bool) -> None:
+        """Raises unless batches and queues are as large as an objective needs them.
+
+        Args:
+            queue: whether it has a queue.
+            batches: whether it needs more than one image, as negatives or for the BatchNorm of its predictor.
+
+        Raises:
+            SettingError: they are too small.
+        """
         clients, contrast = self.clients, self.contrast
         alone = not contrast.feature_sharing or not contrast.concatenate  # a client's images are a batch of their own
         least = clients.batch if alone else self.step_images
-        if contrast.objective in ("mocov3", "simclr", "byol") and least < 2:
+        if batches and least < 2:
             which = "clients.batch" if alone else "clients.batch times the active clients"
-            raise ValueError(
+            raise SettingError(
                 f"contrast.objective={contrast.objective}: it compares the images of a batch; {which} must be at "
                 "least 2"
             )
-        batched = contrast.objective in ("mocov3", "simclr", "byol") or self.model.head == "large"
-        if clients.drop and batched and clients.batch < 2:
-            raise ValueError(
+        if clients.drop and (batches or self.model.head == "large") and clients.batch < 2:
+            raise SettingError(
                 f"clients.drop={clients.drop:g}: one client may be all that is left in a step, and "
                 f"contrast.objective={contrast.objective} with model.head={self.model.head} needs two images; set "
                 "clients.batch to at least 2"
             )
         if not contrast.concatenate and self.model.head == "large" and least < 2:
-            raise ValueError(
+            raise SettingError(
                 "model.head=large: BatchNorm has nothing to average over at clients.batch=1 with "
                 "contrast.concatenate=False; use another head or a larger batch"
+            )
+        if not queue or contrast.feature_sharing:
+            return
+        if clients.rich_batch_factor > 1:
+            raise SettingError(
+                f"clients.rich_batch_factor={clients.rich_batch_factor}: needs contrast.feature_sharing=True, because "
+                "the clients' own queues take in equally many keys"
+            )
+        if contrast.queue < clients.number:
+            raise SettingError(
+                f"contrast.queue={contrast.queue}: without feature sharing each of the {clients.number} clients "
+                "needs at least one key of its own"
             )
 
     def _check_whole(self) -> None:

@@ -26,7 +26,7 @@ from mocosfl.baselines import held_by_clients
 from mocosfl.callbacks import Checkpoints, CollapseGuard, MetricsLog, Monitor, NetworkLog, ProgressLine
 from mocosfl.clients import Cohort, FrozenCohort, LocalCohort
 from mocosfl.compute import keep_freed_memory
-from mocosfl.config import ClientSettings, Config
+from mocosfl.config import CacheSettings, ClientSettings, Config, SyncSettings, TrafficSettings
 from mocosfl.data.federation import Federation, Guests, federate
 from mocosfl.data.images import channel_statistics
 from mocosfl.distributed import World, joined
@@ -164,8 +164,11 @@ def pretraining(config: Config) -> Config:
     return config.updated(
         {
             "clients": ClientSettings(number=1, batch=settings.batch).model_dump(),
-            "sync.every": 0,
+            "sync": SyncSettings(every=0).model_dump(),
+            "cache": CacheSettings().model_dump(),
+            "traffic": TrafficSettings().model_dump(),
             "contrast.feature_sharing": True,
+            "contrast.concatenate": True,
             "defence.kind": "ressfl",
             "pretrain.spare_client": 0,
             "train.epochs": settings.epochs,

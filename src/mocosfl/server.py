@@ -48,6 +48,7 @@ class Server:
         self.config, self.device, self.world = config, device, world or World()
         contrast = config.contrast
         self.objective = objective_of(contrast)
+        config.check_objective(self.objective.queue, self.objective.predictor)
         self.head = head
         layers = [half, head]
         if self.objective.predictor and config.clients.holds == "half":
@@ -57,7 +58,8 @@ class Server:
             share_statistics(self.online, self.world)
         if channels_last_pays(device, config):
             self.online.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.momentum = copy.deepcopy(self.online[:2]).requires_grad_(False)  # keys pass no predictor
+        target = self.online[:2] if self.objective.keys else self.online[:0]  # keys pass no predictor
+        self.momentum = copy.deepcopy(target).requires_grad_(False)
         online = dict(self.online.named_parameters())
         self._averaged = [online[name] for name, _ in self.momentum.named_parameters()]
         rings = 1 if contrast.feature_sharing else config.clients.number
@@ -91,13 +93,20 @@ class Server:
             to 1) as tensors that nobody has waited for.
         """
         if self.config.contrast.concatenate:
-            return self._step(latents, lr)
-        done = [self._step(piece, lr) for piece in latents.one_by_one()]
-        gradients = [gradient for gradient, _ in done if gradient is not None]
-        metrics = {name: torch.stack([values[name] for _, values in done]).mean() for name in done[0][1]}
-        return torch.cat(gradients, dim=1) if gradients else None, metrics
+            gradient, figures = self._step(latents, lr)
+        else:
+            shares = (latents.sizes / latents.sizes.sum()).tolist()
+            done = [(share, *self._step(piece, lr)) for share, piece in zip(shares, latents.one_by_one(), strict=True)]
+            figures = [sum(share * of_piece[i] for share, _, of_piece in done) for i in range(3)]
+            # each is of the client's own mean loss
+            own = self.config.clients.lr_scale == "per_client_mean"
+            parts = [part if own else part * share for share, part, _ in done if part is not None]
+            gradient = torch.cat(parts, dim=1) if parts else None
+        loss, accuracy, direction = figures
+        return gradient, {"loss": loss, "contrast_accuracy": accuracy, "spread": 1 - direction.square().sum()}
 
-    def _step(self, latents: Latents, lr: float) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def _step(self, latents: Latents, lr: float) -> tuple[Tensor | None, list[Tensor]]:
+        """One step on one batch: the gradient, and loss, accuracy and mean normalised query, (D,)."""
         contrast, world, total = self.config.contrast, self.world, sum(latents.shares)
         query = latents.query.requires_grad_(latents.learning)  # (V, n, ...)
         into_online, into_momentum = query, latents.key
@@ -122,7 +131,7 @@ class Server:
             )  # (W, n, D)
             q, k = self._of_everybody(q, latents.shares), world.gather(k, latents.shares, dim=1)  # (W, N, D)
             rings, clients = self._whose(latents)
-            losses, hits, directions = self._losses(q, k, self._negatives(rings), clients)
+            losses, hits, direction = self._losses(q, k, self._negatives(rings), clients)
             loss = losses.sum() / total  # over the concatenated batch of all processes
         with record_function("server: backward"):
             self.online.zero_grad()
@@ -140,19 +149,15 @@ class Server:
                 keys = F.normalize(k, dim=2).unflatten(1, (pieces, -1))
                 self.queue.push(keys.transpose(0, 1).flatten(1, 2), rings)
 
-        values = {
-            "loss": loss.detach(),
-            "contrast_accuracy": hits.to(loss.dtype).mean(),
-            "spread": 1 - directions.square().sum(),
-        }
+        figures = [loss.detach(), hits.to(loss.dtype).mean(), direction]
         if (gradients := query.grad) is None:
-            return None, values
+            return None, figures
         if self.config.clients.lr_scale == "per_client_mean":
             times = np.repeat(total / latents.sizes, latents.sizes)  # (n,)
             double = gradients.dtype == torch.float64
             scale = upload(times.astype(np.float64 if double else np.float32), self.device)
             gradients = gradients * scale.view(-1, *[1] * (gradients.ndim - 2))
-        return gradients, values
+        return gradients, figures
 
     def _losses_of(
         self, q: Tensor, k: Tensor, negatives: Tensor | None, clients: Tensor | None

@@ -82,14 +82,14 @@ class Turnout:
 @contextmanager
 def untouched(stacks: Iterable[Tensor], away: NDArray[np.int64]) -> Iterator[None]:
     """Whatever happens to tensors, (P, ...), meanwhile, the rows of clients that are away, (k,) int64, stay."""
-    if not len(away):
+    stacks = list(stacks)
+    if not len(away) or not stacks:
         yield
         return
-    stacks = list(stacks)
     rows = upload(away, stacks[0].device)
     with torch.no_grad():
         kept = [stack[rows] for stack in stacks]
     yield
     with torch.no_grad():
         for stack, before in zip(stacks, kept, strict=True):
-            stack[rows] = before
+            stack.data[rows] = before  # what is saved for the backward pass does not mind

@@ -153,6 +153,11 @@ def test_an_objective_of_the_users_own(tmp_path: Path, monkeypatch: pytest.Monke
             {"contrast.concatenate": False, "model.head": "large"},
             r"model\.head=large: BatchNorm has nothing to average",
         ),
+        (
+            {"contrast.objective": "simclr", "contrast.both_views": True, "clients.frozen": True},
+            r"accepted with it are m",
+        ),
+        ({"contrast.feature_sharing": False, "contrast.queue": 50}, r"each of the 100 clients needs at least one key"),
         ({"clients.holds": "network"}, r"contrast\.feature_sharing=True: clients that hold the whole network .* False"),
     ],
 )

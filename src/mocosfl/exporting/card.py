@@ -217,10 +217,10 @@ def _seen(run: Run, settings: Config, figures: dict[str, Any]) -> str:
     elif run.clients_elsewhere:
         lines.append("- The images stayed with the clients; the server saw their latents, and sums over their pixels.")
     else:
-        lines.append(
-            "- Clients were simulated: all images were on one machine. The server half was trained on latents alone; "
-            "who reads latents can try to turn them back into images."
-        )
+        what = "The server half was trained on latents alone; who reads latents can try to turn them back into images."
+        if settings.clients.holds == "network":
+            what = "Each client trained the whole network; the server averaged the clients' weights."
+        lines.append(f"- Clients were simulated: all images were on one machine. {what}")
         if "knn_held_out" in figures:
             lines.append(
                 f"- A share of {settings.data.held_out:g} of the training split was with no client: the server had it, "

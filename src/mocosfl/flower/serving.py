@@ -148,6 +148,8 @@ def _check(config: Config, settings: FlowerSettings) -> None:
         f"sync.average={config.sync.average}": config.sync.average != "fedavg",
         "sync.momentum=false": not config.sync.momentum,
         "contrast.feature_sharing=false": not config.contrast.feature_sharing,
+        f"contrast.objective={config.contrast.objective}": config.contrast.objective != "moco",
+        "contrast.concatenate=false": not config.contrast.concatenate,
         "clients.keep_optimizer=true": config.clients.keep_optimizer,
         f"traffic.loss_threshold={config.traffic.loss_threshold}": config.traffic.loss_threshold is not None,
     }
@@ -156,6 +158,8 @@ def _check(config: Config, settings: FlowerSettings) -> None:
         "sync.average": "Flower's FedAvg averages; accepted is fedavg",
         "sync.momentum": "clients keep nothing between two rounds, so the momentum copies are averaged too",
         "contrast.feature_sharing": "the clients' queues are the server's alone",
+        "contrast.objective": "a client that learns by itself has its own images alone in a batch; accepted is moco",
+        "contrast.concatenate": "there is no server that takes the clients' latents step by step",
         "clients.keep_optimizer": "clients keep nothing between two rounds",
         "traffic.loss_threshold": "clients learn in every round",
     }

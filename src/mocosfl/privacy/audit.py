@@ -97,6 +97,10 @@ def audit(path: str | Path, settings: AttackSettings, device: torch.device, say:
     """
     run = Run.open(path)
     config, encoder = run.config, load_encoder(run.path, device)
+    if config.clients.holds == "network":
+        raise SettingError(
+            f"clients.holds=network: the clients of {path} send no latents that could be attacked; accepted is half"
+        )
     sets = _images(config, settings, run.fingerprints(), say)
     defence = defence_of(config, encoder.latent_shape, sets.train.shape, device)
     bf16 = config.train.precision == "bf16"

@@ -58,7 +58,7 @@ class Mixture(Federation):
     @property
     def scored(self) -> Splits:
         """The clients' images: they are what the encoder is for."""
-        return self.target.splits
+        return self.target.scored
 
     def sampler(self, seed: int) -> ClientSampler:
         """Draws equal parts of the source's and the clients' images."""

@@ -349,7 +349,7 @@ def _count(config: Config, images: int | None, size: int | None) -> dict[str, Tr
         kinds = {"a client": False, "a rich client": True} if config.rich else {"a client": False}
         return {name: traffic.of_client(plan, rich) for name, rich in kinds.items()}
     except MocosflError as error:
-        return Missing(f"bytes cannot be counted before the run has finished: {error}")
+        return Missing(f"bytes cannot be counted: {error}")
 
 
 def _measured(metrics: Metrics) -> tuple[float, float] | None:

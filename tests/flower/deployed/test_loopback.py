@@ -29,7 +29,7 @@ def test_a_node_that_is_killed_does_not_end_the_run(flower: Callable[..., Any], 
     here = flower()
     nodes = [here.node(f'data="{part}" client={client}') for client, part in enumerate(parts)]
     run = tmp_path / "run"
-    settings = {"recipe": str(tmp_path / "run.yaml"), "out": str(run), "steps": 10, "timeout": 30.0}
+    settings = {"recipe": str(tmp_path / "run.yaml"), "out": str(run), "steps": 10, "timeout": 90.0}
     command = here.begin(settings)
     deadline = time.monotonic() + PATIENCE
     while not any("loss" in line for line in written(run)):
