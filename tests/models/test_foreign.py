@@ -212,6 +212,22 @@ def across(channels: int, size: int) -> nn.Module:
     return Across()
 
 
+class Named(nn.Module):
+    """Its layers have the names of those that a cut adds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bottleneck, self.pool, self.pool_ = nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(2), nn.Conv2d(4, 6, 1)
+        self.flatten = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.flatten(self.pool_(self.pool(self.bottleneck(x))))
+
+
+def named(channels: int, size: int) -> nn.Module:
+    return Named()
+
+
 def nothing(channels: int, size: int) -> None:
     return None
 
@@ -224,7 +240,7 @@ def wrong(channels: int, size: int) -> nn.Module:
 def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     """All functions of this file."""
     monkeypatch.setitem(sys.modules, "own_networks", sys.modules[__name__])
-    names = ("own", "shared", "flat", "across", "nothing", "wrong", "none")
+    names = ("own", "shared", "flat", "across", "named", "nothing", "wrong", "none")
     monkeypatch.setenv(trust.VARIABLE, ",".join(f"own_networks:{name}" for name in names))
 
 
@@ -241,6 +257,23 @@ def test_a_network_of_the_user_is_cut_between_its_layers() -> None:
     assert torch.equal(model.client(images), whole[0](images))
     assert torch.equal(model.server.eval()(model.client(images)), whole(images).mean(dim=(2, 3)))
     assert model.server.train().get_submodule("2.layer").training  # a layer that does nothing in eval mode is kept
+
+
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize("cut", ["bottleneck", "pool", "pool_", "flatten"])
+def test_layers_may_have_the_names_of_those_that_a_cut_adds(cut: str) -> None:
+    with seeded(stream(0, "backbone")):
+        whole = Named()
+    images = torch.randn(2, 3, 8, 8)
+    settings = ModelSettings(backbone="python:own_networks:named", cut=cut)
+    model = build(settings, 3, 8, 0)
+    assert torch.equal(model.server(model.client(images)), whole(images).mean(dim=(2, 3)))
+    # with a bottleneck every layer is there beside its pair
+    narrowed = build(settings.model_copy(update={"bottleneck": "C2S1"}), 3, 8, 0)
+    latents = narrowed.client(images)
+    narrow, widen = narrowed.client[-1], narrowed.server[0]
+    assert torch.equal(latents, narrow(model.client(images)))
+    assert torch.equal(narrowed.server(latents), model.server(widen(latents)))
 
 
 @pytest.mark.usefixtures("trusted")
