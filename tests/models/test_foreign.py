@@ -204,6 +204,29 @@ def shared(channels: int, size: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(channels, 4, 3), block, block)
 
 
+class Tied(nn.Module):
+    """A residual block that goes by two names through one layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.a = self.b = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(self.a(x))
+
+
+def tied(channels: int, size: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(channels, 4, 3), Tied(nn.Conv2d(4, 4, 1)))
+
+
+def tied_statistics(channels: int, size: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(channels, 4, 3), Tied(nn.BatchNorm2d(4, affine=False)))
+
+
+def tied_nothing(channels: int, size: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(channels, 4, 3), Tied(nn.ReLU()))
+
+
 def flat(channels: int, size: int) -> nn.Module:
     return Flat()
 
@@ -241,6 +264,7 @@ def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     """All functions of this file."""
     monkeypatch.setitem(sys.modules, "own_networks", sys.modules[__name__])
     names = ("own", "shared", "flat", "across", "named", "nothing", "wrong", "none")
+    names += ("tied", "tied_statistics", "tied_nothing")
     monkeypatch.setenv(trust.VARIABLE, ",".join(f"own_networks:{name}" for name in names))
 
 
@@ -283,6 +307,8 @@ def test_layers_may_have_the_names_of_those_that_a_cut_adds(cut: str) -> None:
         ("flat", "it is no sequence of layers, .* it is one up to pool"),
         ("across", "it is no sequence of layers, .* it is one up to b"),
         ("shared", "1 and 1_2 share weights"),
+        ("tied", "in its layer 1 a.weight and b.weight are the same weights"),
+        ("tied_statistics", "in its layer 1 a.running_mean and b.running_mean are the same weights"),
         ("nothing", "made no torch.nn.Module but NoneType"),
         ("wrong", "cannot be run on images of 3x8x8: RuntimeError"),
         ("none", "has no attribute 'none'"),
@@ -291,6 +317,11 @@ def test_layers_may_have_the_names_of_those_that_a_cut_adds(cut: str) -> None:
 def test_what_cannot_be_cut_is_refused(name: str, words: str) -> None:
     with pytest.raises(SettingError, match=f"model.backbone=python:own_networks:{name}: .*{words}"):
         build(ModelSettings(backbone=f"python:own_networks:{name}", cut="0"), 3, 8, 0)
+
+
+@pytest.mark.usefixtures("trusted")
+def test_a_layer_without_weights_may_have_two_names() -> None:
+    assert build(ModelSettings(backbone="python:own_networks:tied_nothing", cut="0"), 3, 8, 0).features == 4
 
 
 NETWORK = """

@@ -385,9 +385,17 @@ def _named(chain: list[_Call]) -> list[Piece]:
 
 
 def _check_unshared(pieces: list[Piece], what: str) -> None:
-    owners: dict[nn.Parameter, str] = {}
+    owners: dict[int, tuple[str, str]] = {}
     for piece in pieces:
-        for parameter in piece.module.parameters():
-            other = owners.setdefault(parameter, piece.name)
+        for name, tensor in piece.module.state_dict().items():
+            if not isinstance(tensor, Tensor) or tensor.numel() == 0:
+                continue
+            name = name.removeprefix("layer.")
+            other, its = owners.setdefault(tensor.data_ptr(), (piece.name, name))
             if other != piece.name:
                 raise SettingError(f"{what}: {other} and {piece.name} share weights, so they cannot be cut apart")
+            if its != name:
+                raise SettingError(
+                    f"{what}: in its layer {piece.name} {its} and {name} are the same weights, which cannot be saved "
+                    "or averaged under two names; give them one name"
+                )
