@@ -145,6 +145,41 @@ def test_code_that_comes_with_a_model_is_not_run(folder: Path) -> None:
         build(settings, 3, 16, 0)
 
 
+TIMM = {"model_type": "timm_backbone", "backbone": "resnet18"}
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        (TIMM, "model_type=timm_backbone"),
+        ({"model_type": "timm_wrapper", "architecture": "resnet18"}, "model_type=timm_wrapper"),
+        ({"model_type": "upernet", "backbone_config": TIMM}, "model_type=timm_backbone"),
+        ({"model_type": "llava", "vision_config": {"model_type": "dpt", "backbone_config": TIMM}}, "model_type=timm_ba"),
+        ({"model_type": "vit", "several": [{"one": TIMM}]}, "model_type=timm_backbone"),
+        ({"model_type": "detr", "use_timm_backbone": True}, "use_timm_backbone=True"),
+        ({"model_type": "upernet", "backbone": "someone/model"}, "backbone=someone/model"),
+        ({"model_type": "llava", "vision_config": {"model_type": "dpt", "backbone": "someone/model"}}, "backbone=someone"),
+        ({"model_type": "detr"}, "backbone=resnet50|model_type=timm_backbone"),  # by default
+    ],
+)
+def test_a_configuration_that_has_a_network_fetched_is_refused(
+    values: dict, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda *address, **_: asked.append(address) or [])
+    for pretrained in (False, True):
+        with pytest.raises(SettingError, match=rf"model.backbone=hf:somewhere: its configuration has ({found})"):
+            build(ModelSettings(backbone="hf:somewhere", architecture=json.dumps(values)), 3, 32, 0, pretrained)
+    assert not asked
+
+
+def test_a_configuration_that_asks_for_nothing_elsewhere_is_accepted() -> None:
+    inner = CONFIGS["resnet"].to_dict()
+    values = CONFIGS["vit"].to_dict() | {"backbone": None, "use_timm_backbone": False, "backbone_config": inner}
+    model = build(ModelSettings(backbone="hf:somewhere", architecture=json.dumps(values), cut="embeddings"), 3, 16, 0)
+    assert model.latent_shape == (17, 12)
+
+
 def test_batch_norm_on_a_client_with_one_image_is_refused(tmp_path: Path) -> None:
     CONFIGS["resnet"].save_pretrained(tmp_path)
     config = digits(
