@@ -52,7 +52,7 @@ def load_resnet(
         path: the file.
         arch: resnet18, resnet34, resnet50 and so on, as ``model.backbone``.
         size: height and width of the images in pixels.
-        mean, std: of each channel, for images in [0, 1], as the network was trained with.
+        mean, std: of each channel, for images in [0, 1], as the network was trained with; none is greater than 1.
         stem: how it begins: 224 with a 7x7 convolution of stride 2 and max-pooling, 32 with a 3x3 convolution of stride
             1, 64 with one of stride 2. Unset: 224 or 32, by the first convolution.
         prefix: of the network's names, such as ``module.encoder_q.``. Unset: found, if there is but one network.
@@ -98,8 +98,12 @@ def load_resnet(
                 f"{name}={' '.join(map(str, numbers)) or 'unset'}: the network in {path} takes images of {channels} "
                 "channels; expected a number for each, for pixels in [0, 1], as it was trained with"
             )
-    if not min(std) > 0:
-        raise SettingError(f"std={' '.join(map(str, std))}: must be greater than 0")
+        if not all(0 <= number <= 1 and (name == "mean" or number > 0) for number in numbers):  # nor is nan
+            least = "from 0" if name == "mean" else "greater than 0"
+            raise SettingError(
+                f"{name}={' '.join(map(str, numbers))}: expected numbers {least} to 1, for pixels in [0, 1]; divide by "
+                "255 what is for pixels from 0 to 255"
+            )
     encoder = Encoder(settings, channels, size)
     _fill(encoder, {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}, path)
     encoder.mean.copy_(torch.tensor(list(mean)))
