@@ -276,6 +276,27 @@ def test_two_sweeps_share_the_runs(stand_in: Path) -> None:
     assert sorted(made(out)) == ["b", "c", "d", "e", "slow-a"]
 
 
+def test_what_fails_in_another_sweep_is_not_tried_again(stand_in: Path) -> None:
+    """`bad` is another sweep's while ours begins, and has failed there when its turn comes."""
+    out, runs = stand_in / "out", runs_of("bad", "b")
+    theirs = sweeps.Folder(out, runs)
+    claim = theirs.claim("bad")
+    assert claim is not None
+
+    def fail(text: str) -> None:
+        if "b: finished" in text:
+            theirs.log("bad").write_text("error: no luck\n")
+            theirs.put_apart("bad")
+            claim.close()
+
+    states = sweep(runs, out, say=fail)
+    assert claim.closed
+    assert states == {"bad": State.FAILED, "b": State.FINISHED}
+    assert made(out) == ["b"]
+    assert sweep(runs, out, retry=True)["bad"] is State.FAILED
+    assert made(out) == ["b", "bad"]
+
+
 def test_a_run_outlives_its_sweep_and_nobody_makes_it_twice(stand_in: Path) -> None:
     """kill -9 of a sweep leaves its run, which still has the claim."""
     out, runs = stand_in / "out", runs_of("slow-a")

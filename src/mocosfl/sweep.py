@@ -363,7 +363,8 @@ def sweep(
     to_make = (State.NEW, State.BEGUN, State.FAILED) if retry else (State.NEW, State.BEGUN)
     waiting = [name for name in runs if states[name] in to_make]
     say(f"{len(runs)} runs, {list(states.values()).count(State.FINISHED)} finished, {len(waiting)} to make")
-    maker = _Maker(folder, jobs, threads, say)
+    failed = [name for name in waiting if states[name] is State.FAILED]
+    maker = _Maker(folder, jobs, threads, say, failed)
     with maker.told_to_stop():
         maker.make(waiting)
     states = folder.check()  # others may have finished some meanwhile
@@ -376,14 +377,27 @@ def sweep(
 class _Maker:
     """Starts processes and waits for them.
 
+    Args:
+        folder: of the runs.
+        jobs, threads, say: as of ``sweep``.
+        retry: runs to take back from those that failed. Others that are apart when their turn comes have failed in
+            another sweep meanwhile, and stay there.
+
     Attributes:
         elsewhere: runs that others have.
         under_way: those of ours.
         stops: how often we were told to stop.
     """
 
-    def __init__(self, folder: Folder, jobs: int, threads: int | None, say: Callable[[str], None]) -> None:
-        self.folder, self.jobs, self.say = folder, jobs, say
+    def __init__(
+        self,
+        folder: Folder,
+        jobs: int,
+        threads: int | None,
+        say: Callable[[str], None],
+        retry: Sequence[str] = (),
+    ) -> None:
+        self.folder, self.jobs, self.say, self.retry = folder, jobs, say, retry
         self.elsewhere: set[str] = set()
         self.under_way: dict[str, _Process] = {}
         self.stops = 0
@@ -434,6 +448,8 @@ class _Maker:
     def _start(self, name: str, claim: IO[bytes]) -> subprocess.Popen[bytes] | None:
         folder = self.folder
         if folder.is_apart(name):
+            if name not in self.retry:  # it has failed in another sweep, since we looked
+                return None
             folder.take_back(name)
         state = folder.state(name)
         if state is State.FINISHED:  # by another sweep, since we looked
