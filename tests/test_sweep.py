@@ -3,6 +3,7 @@ One makes real runs."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -295,6 +296,37 @@ def test_what_fails_in_another_sweep_is_not_tried_again(stand_in: Path) -> None:
     assert made(out) == ["b"]
     assert sweep(runs, out, retry=True)["bad"] is State.FAILED
     assert made(out) == ["b", "bad"]
+
+
+def test_what_another_sweep_has_just_claimed_is_not_in_the_table(
+    stand_in: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written(stand_in, {"runs": {"a": {}, "b": {"seed": 1}}})
+    claim = sweeps.Folder("out", read(file)).claim("a")
+    assert claim is not None
+    with claim:
+        assert main(["sweep", str(file), "--out", "out"]) == 0
+    told = capsys.readouterr()
+    assert "under way elsewhere: a" in told.err
+    assert [line.split()[0] for line in told.out.splitlines() if line.strip()][-1] == "b"
+
+
+def test_a_run_made_by_hand_beside_one_that_failed_counts(stand_in: Path) -> None:
+    """It is gone on with; when it fails, it cannot be put apart, and the other runs are made all the same."""
+    out, runs = stand_in / "out", runs_of("bad", "b", "c")
+    sweep(chosen(runs, "bad"), out)
+    shutil.copytree(out / "failed" / "bad", out / "bad")
+    (out / "c.log").mkdir(parents=True)  # c cannot be begun
+    said: list[str] = []
+    states = sweep(runs, out, retry=True, say=said.append)
+    assert states == {"bad": State.FAILED, "b": State.FINISHED, "c": State.FAILED}
+    assert any("bad: ended with status 1: " in line and "failed/bad" in line for line in said)
+    assert any("c: cannot be begun: " in line for line in said)
+    (stand_in / "mended").touch()
+    (out / "c.log").rmdir()
+    assert set(sweep(runs, out).values()) == {State.FINISHED}
+    assert made(out) == ["bad", "bad resumed", "b", "bad resumed", "c"]
+    assert "no luck" in (out / "failed" / "bad.log").read_text()  # what is there is not touched
 
 
 def test_a_run_outlives_its_sweep_and_nobody_makes_it_twice(stand_in: Path) -> None:

@@ -232,7 +232,9 @@ class Folder:
         return apart if self.is_apart(name) else self.path / name
 
     def is_apart(self, name: str) -> bool:
-        """Whether a run has failed and has not been tried again since."""
+        """Whether a run has failed and has not been tried again since, by a sweep or by hand."""
+        if (self.path / name).exists():
+            return False
         return (self.failed / f"{name}.log").exists() or (self.failed / name).exists()
 
     def check(self) -> dict[str, State]:
@@ -273,7 +275,11 @@ class Folder:
         return State.FAILED if self.is_apart(name) else State.NEW
 
     def put_apart(self, name: str) -> None:
-        """Move a run that failed out of the way, the log last."""
+        """Move a run that failed out of the way, the log last.
+
+        Raises:
+            OSError: another one of that name is there, or the folder cannot be written.
+        """
         self.failed.mkdir(exist_ok=True)
         for path in (self.path / name, self.log(name)):
             if path.exists():
@@ -368,9 +374,8 @@ def sweep(
     with maker.told_to_stop():
         maker.make(waiting)
     states = folder.check()  # others may have finished some meanwhile
-    for name in maker.elsewhere:
-        if states[name] in (State.NEW, State.BEGUN):
-            states[name] = State.ELSEWHERE
+    for names, state in ((maker.elsewhere, State.ELSEWHERE), (maker.failed, State.FAILED)):
+        states |= {name: state for name in names if states[name] in (State.NEW, State.BEGUN)}
     return states
 
 
@@ -385,6 +390,7 @@ class _Maker:
 
     Attributes:
         elsewhere: runs that others have.
+        failed: runs that could not be begun, or not be put apart.
         under_way: those of ours.
         stops: how often we were told to stop.
     """
@@ -399,6 +405,7 @@ class _Maker:
     ) -> None:
         self.folder, self.jobs, self.say, self.retry = folder, jobs, say, retry
         self.elsewhere: set[str] = set()
+        self.failed: set[str] = set()
         self.under_way: dict[str, _Process] = {}
         self.stops = 0
         environment = dict(os.environ)
@@ -425,7 +432,10 @@ class _Maker:
                 if made.process.poll() is not None:
                     del self.under_way[name]
                     with made.claim:
-                        self._ended(name, made)
+                        try:
+                            self._ended(name, made)
+                        except (MocosflError, OSError) as error:
+                            self._give_up(name, f"ended with status {made.process.returncode}: {error}")
 
     def _begin(self, name: str) -> bool:
         """Start a run, unless another sweep is at it or has ended it; whether there is nothing left to do for us."""
@@ -436,6 +446,9 @@ class _Maker:
         self.elsewhere.discard(name)
         try:
             process = self._start(name, claim)
+        except (MocosflError, OSError) as error:
+            self._give_up(name, f"cannot be begun: {error}")
+            process = None
         except BaseException:
             claim.close()
             raise
@@ -486,6 +499,11 @@ class _Maker:
             folder.put_apart(name)
             text = f"failed with status {status}; see {folder.failed / name}.log"
         self.say(f"{datetime.now():%H:%M:%S} {name}: {text}")
+
+    def _give_up(self, name: str, why: str) -> None:
+        """Leave a run where it is, and go on with the others."""
+        self.failed.add(name)
+        self.say(f"{datetime.now():%H:%M:%S} {name}: {why}")
 
     def _stop(self, number: signal.Signals) -> None:
         if number == signal.SIGTERM:
