@@ -17,6 +17,7 @@ import yaml
 from tests.tiny import DIGITS
 
 from mocosfl import sweep as sweeps
+from mocosfl import trust
 from mocosfl.cli import main
 from mocosfl.config import Config
 from mocosfl.errors import RunError, SettingError
@@ -373,6 +374,30 @@ def test_a_real_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     assert Path("out/good.log").read_text() == log
     assert main(["sweep", str(file), "--out", "out", "--jobs", "0"]) == 1
     assert "jobs=0" in capsys.readouterr().err
+
+
+def test_code_that_is_typed_may_be_run_by_the_runs_too(
+    stand_in: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trust, "_trusted", set())
+    monkeypatch.setenv(trust.VARIABLE, "other:net")
+    script = stand_in / "train.py"
+    script.write_text("import os; print('may run', os.environ['MOCOSFL_TRUST_CODE'])" + STAND_IN, encoding="utf-8")
+    runs = {"a": {}, "b": {"model.backbone": "python:mine:net", "model.cut": "0"}}
+    file = written(stand_in, {"runs": runs})
+    assert main(["sweep", str(file), "--out", "out"]) == 1
+    assert "run b: model.backbone=python:mine:net: this runs code of yours" in capsys.readouterr().err
+    assert not Path("out").exists()
+    file = written(stand_in, {"set": {"contrast.objective": "mine.py:Loss"}, "runs": {"a": {}}})
+    assert main(["sweep", str(file), "--out", "out"]) == 1
+    message = capsys.readouterr().err
+    assert "run a: contrast.objective=mine.py:Loss: this runs code of yours" in message
+    assert "set MOCOSFL_TRUST_CODE=mine.py:Loss in the environment" in message
+    words = ["contrast.objective=mine.py:Loss", "model.backbone=python:mine:net", "model.cut=0"]
+    file = written(stand_in, {"runs": {"a": {}}})
+    assert main(["sweep", str(file), "--out", "out", "--set", *words]) == 0
+    told = (stand_in / "out" / "a.log").read_text().splitlines()[1].removeprefix("may run ").split(",")
+    assert {"mine.py:Loss", "mine:net", "other:net"} <= set(told)
 
 
 def test_exit_status_and_what_remains(stand_in: Path, capsys: pytest.CaptureFixture[str]) -> None:

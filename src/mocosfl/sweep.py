@@ -47,6 +47,7 @@ from mocosfl.errors import MocosflError, RunError, SettingError, nearest
 from mocosfl.files import write_atomically
 from mocosfl.recipes import recipe
 from mocosfl.run import FAILED, OF_SWEEP, Run, lock
+from mocosfl.trust import check_settings, handed_on
 
 COMMAND = (sys.executable, "-m", "mocosfl", "train")
 """Makes or resumes a run."""
@@ -351,7 +352,8 @@ def sweep(
         Where each run stands at the end.
 
     Raises:
-        SettingError: frozen clients have nothing to start from.
+        SettingError: frozen clients have nothing to start from, or a run names code of the user's that nobody has
+            allowed (``mocosfl.trust``).
         RunError: a folder holds another run; nothing has been started then.
         OSError: the folder cannot be used.
     """
@@ -360,6 +362,7 @@ def sweep(
     for name, config in runs.items():
         try:
             check_frozen(config, resume=False)
+            check_settings(config)
         except SettingError as error:
             raise SettingError(f"run {name}: {error}") from error
     folder = Folder(out, runs)
@@ -408,7 +411,7 @@ class _Maker:
         self.failed: set[str] = set()
         self.under_way: dict[str, _Process] = {}
         self.stops = 0
-        environment = dict(os.environ)
+        environment = dict(os.environ) | handed_on()
         if threads is not None or "OMP_NUM_THREADS" not in environment:
             environment["OMP_NUM_THREADS"] = str(threads or max(1, (os.cpu_count() or 1) // jobs))
         self.environment = environment
