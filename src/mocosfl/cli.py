@@ -712,8 +712,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors.print(_usage(), highlight=False)
         return 2
     for word in args:  # what is typed is asked for; what a folder or a file says is not
-        if match := re.search(r"(?:^|=)(?:python:(\S+)|(\S+\.py:\w+))$", word):
-            trust_code(match[1] or match[2])
+        for value in (word, word.partition("=")[2]):
+            if match := re.fullmatch(r"python:(\S+)|(\S+\.py:\w+)", value):
+                trust_code(match[1] or match[2])
     try:
         return COMMANDS[args[0]][0](args[1:])
     except (MocosflError, OSError) as error:
