@@ -168,6 +168,11 @@ def test_rejects(digits: Path, told: dict, error: type[Exception], message: str)
         evaluate(digits, settings=QUICK, **told)
 
 
+def test_a_set_with_a_test_split_needs_no_seed(shapes: Path) -> None:
+    figures = evaluate(Encoder(ModelSettings(width=4), 3, 8), data=str(shapes), settings=QUICK)
+    assert (figures["test_images"], figures["how"]["seed"]) == (40, 0)
+
+
 def test_images_without_labels_and_encoders_without_images_are_refused(
     digits: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +186,8 @@ def test_images_without_labels_and_encoders_without_images_are_refused(
     encoder = Encoder(ModelSettings(width=4), 1, 8)
     with pytest.raises(SettingError, match="only a run knows its images; name labelled images with --data"):
         evaluate(encoder)
+    with pytest.raises(SettingError, match=r"^seed: digits has no test split, .* Give the seed of that run with --seed"):
+        evaluate(encoder, data="digits")
     with pytest.raises(SettingError, match="map=tsne: there is no run folder for the picture; name a file with --out"):
         evaluate(encoder, data="digits", feature_map="tsne")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -215,6 +222,7 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -
         [
             *("evaluate", str(tmp_path / "theirs.pth"), "--arch", "resnet18", "--size", "8", "--mean", "0.5"),
             *("--std", "0.3", "--data", "digits", "--evaluation.probe-epochs", "0", "--out", str(tmp_path / "t.json")),
+            *("--seed", "0"),
         ]
     )
     assert status == 0

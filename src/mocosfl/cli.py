@@ -82,7 +82,8 @@ class EvaluateArguments:
     out: Path | None = None
     """File for the figures instead (.json). Without a run folder, unset: they are printed only."""
     seed: int | None = None
-    """Of probe, labelled images, fine-tuning and views. Unset: the run's, or 0."""
+    """Of probe, labelled images, fine-tuning and views. Unset: the run's, or 0. Without a run folder it is needed where
+    --data has no test split: the seed of the run that the encoder is of, so that the same images are set aside."""
     arch: str | None = None
     """Of a ResNet of others: resnet18, resnet34, resnet50 and so on."""
     size: int | None = None

@@ -80,7 +80,8 @@ def evaluate(
             figures, as ``evaluation.png`` or ``evaluation-transfer.png`` in a run folder.
         out: file for the figures instead (.json). Without it and without a run nothing is written.
         seed: of the probe, the choice of labelled images, fine-tuning, views, and the untrained encoder. Unset: the
-            run's, or 0. Without a run it also draws the test images of a set that has no test split.
+            run's, or 0. Without a run it also draws the test images of a set that has no test split, and is needed
+            for that: of an encoder of a run, give that run's.
 
     Returns:
         Figures by name, as written; accuracies in percent.
@@ -88,7 +89,7 @@ def evaluate(
     Raises:
         RunError: there is no trained encoder, or a served run has no images of the server's own.
         DataError: the images have no labels, or cannot be used.
-        SettingError: the arguments do not fit together, or to the encoder.
+        SettingError: the arguments do not fit together, or to the encoder; or the seed is needed.
     """
     console = console or Console(quiet=True)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
@@ -102,12 +103,18 @@ def evaluate(
     images_of = _images_of(run, encoder, data, image_column, label_column)
     settings = settings or (run.config.evaluation if run else EvaluationSettings())
     augmentation = run.config.augment if run else AugmentSettings()
-    seed = (run.config.seed if run else 0) if seed is None else seed
+    given_seed, seed = seed, (run.config.seed if run else 0) if seed is None else seed
     began = time.monotonic()
     with prepared(chosen):
         with own_words() if data else nullcontext():
             # Of a run always by its own seed: by another one, images that it was trained on might become test images.
             splits = load(images_of, run.config.seed if run else seed, say).scored
+        if splits.drawn and run is None and given_seed is None:
+            raise SettingError(
+                f"seed: {images_of.source} has no test split, so test images are drawn from it by a seed, and nothing "
+                "here says by which: an encoder whose run had these images may be tested on some that it was trained "
+                "on. Give the seed of that run with --seed (it is in its config.yaml); for any other encoder, any seed"
+            )
         encoder.to(chosen)
         images = Labelled.of(splits, chosen)
         if isinstance(images, str):
