@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -34,7 +35,7 @@ from mocosfl.foreign import open_encoder
 from mocosfl.reporting.examples import IMAGES, placed
 from mocosfl.reporting.feature_map import draw_map
 from mocosfl.reporting.report import Missing
-from mocosfl.run import Run
+from mocosfl.run import TRANSFER, Run
 from mocosfl.scoring import Labelled, frozen_figures
 from mocosfl_device.augment import AugmentParameters
 from mocosfl_device.randomness import stream
@@ -64,7 +65,8 @@ def evaluate(
     test images.
 
     Figures of a run on its own images are put into ``evaluation.json`` in its folder, where those of earlier calls that
-    are not measured again stay; figures on another set into the same file, under ``transfer`` and the set's name.
+    are not measured again stay, with their settings (``probe``, ``finetune``); figures on another set into the same
+    file, under ``transfer`` and the set's name.
 
     Args:
         source: a run folder, a folder that `mocosfl export` has written, one of their files of weights, or an encoder
@@ -77,7 +79,7 @@ def evaluate(
         settings: of the evaluation. Unset: those of the run.
         semi_supervised: also fine-tune the whole encoder with 10 % and with 1 % of the labels.
         feature_map: also draw up to 1,000 test images as points, placed by t-SNE or UMAP; the picture lies beside the
-            figures, as ``evaluation.png`` or ``evaluation-transfer.png`` in a run folder.
+            figures, as ``evaluation.png`` or ``evaluation-transfer-SET.png`` in a run folder.
         out: file for the figures instead (.json). Without it and without a run nothing is written.
         seed: of the probe, the choice of labelled images, fine-tuning, views, and the untrained encoder. Unset: the
             run's, or 0. Without a run it also draws the test images of a set that has no test split, and is needed
@@ -130,12 +132,15 @@ def evaluate(
             )
         figures: dict[str, Any] = {"data": images_of.source, "classes": images.classes}
         frozen, (bank, queries) = frozen_figures(encoder, images, settings, seed, World())
+        if settings.probe_epochs:
+            figures["probe"] = {"epochs": settings.probe_epochs, "lr": settings.probe_lr, "seed": seed}
         figures |= frozen | _logistic(bank, queries, images, settings, say)
         figures |= _sphere(encoder, images.test, augmentation, settings.batch, seed)
         if semi_supervised:
             figures |= _semi_supervised(encoder, images, settings, augmentation, seed, say)
     if feature_map is not None and file is not None:
-        picture = file.with_name("evaluation-transfer.png") if data and out is None else file.with_suffix(".png")
+        transfer = data is not None and out is None
+        picture = file.with_name(_transfer_map(data or "")) if transfer else file.with_suffix(".png")
         title = f"{images_of.source}, {len(images.test):,} test images"
         _draw(feature_map, queries, images.test, picture, title, say)
     figures["how"] = {
@@ -162,6 +167,11 @@ def _file(out: str | Path | None, run: Run | None) -> Path | None:
     if Path(out).suffix != ".json":
         raise SettingError(f"out={out}: expected a file whose name ends in .json")
     return Path(out)
+
+
+def _transfer_map(data: str) -> str:
+    """File name of the map of another set; of a path only the end, as names of files cannot be long."""
+    return f"{TRANSFER}-{re.sub(r'[^A-Za-z0-9_]+', '-', data)[-100:].strip('-') or 'set'}.png"
 
 
 def _images_of(
