@@ -3,6 +3,7 @@ One makes real runs."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import yaml
 from tests.tiny import DIGITS
 
 from mocosfl import sweep as sweeps
+from mocosfl import trust
 from mocosfl.cli import main
 from mocosfl.config import Config
 from mocosfl.errors import RunError, SettingError
@@ -276,6 +278,58 @@ def test_two_sweeps_share_the_runs(stand_in: Path) -> None:
     assert sorted(made(out)) == ["b", "c", "d", "e", "slow-a"]
 
 
+def test_what_fails_in_another_sweep_is_not_tried_again(stand_in: Path) -> None:
+    """`bad` is another sweep's while ours begins, and has failed there when its turn comes."""
+    out, runs = stand_in / "out", runs_of("bad", "b")
+    theirs = sweeps.Folder(out, runs)
+    claim = theirs.claim("bad")
+    assert claim is not None
+
+    def fail(text: str) -> None:
+        if "b: finished" in text:
+            theirs.log("bad").write_text("error: no luck\n")
+            theirs.put_apart("bad")
+            claim.close()
+
+    states = sweep(runs, out, say=fail)
+    assert claim.closed
+    assert states == {"bad": State.FAILED, "b": State.FINISHED}
+    assert made(out) == ["b"]
+    assert sweep(runs, out, retry=True)["bad"] is State.FAILED
+    assert made(out) == ["b", "bad"]
+
+
+def test_what_another_sweep_has_just_claimed_is_not_in_the_table(
+    stand_in: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written(stand_in, {"runs": {"a": {}, "b": {"seed": 1}}})
+    claim = sweeps.Folder("out", read(file)).claim("a")
+    assert claim is not None
+    with claim:
+        assert main(["sweep", str(file), "--out", "out"]) == 0
+    told = capsys.readouterr()
+    assert "under way elsewhere: a" in told.err
+    assert [line.split()[0] for line in told.out.splitlines() if line.strip()][-1] == "b"
+
+
+def test_a_run_made_by_hand_beside_one_that_failed_counts(stand_in: Path) -> None:
+    """It is gone on with; when it fails, it cannot be put apart, and the other runs are made all the same."""
+    out, runs = stand_in / "out", runs_of("bad", "b", "c")
+    sweep(chosen(runs, "bad"), out)
+    shutil.copytree(out / "failed" / "bad", out / "bad")
+    (out / "c.log").mkdir(parents=True)  # c cannot be begun
+    said: list[str] = []
+    states = sweep(runs, out, retry=True, say=said.append)
+    assert states == {"bad": State.FAILED, "b": State.FINISHED, "c": State.FAILED}
+    assert any("bad: ended with status 1: " in line and "failed/bad" in line for line in said)
+    assert any("c: cannot be begun: " in line for line in said)
+    (stand_in / "mended").touch()
+    (out / "c.log").rmdir()
+    assert set(sweep(runs, out).values()) == {State.FINISHED}
+    assert made(out) == ["bad", "bad resumed", "b", "bad resumed", "c"]
+    assert "no luck" in (out / "failed" / "bad.log").read_text()  # what is there is not touched
+
+
 def test_a_run_outlives_its_sweep_and_nobody_makes_it_twice(stand_in: Path) -> None:
     """kill -9 of a sweep leaves its run, which still has the claim."""
     out, runs = stand_in / "out", runs_of("slow-a")
@@ -320,6 +374,30 @@ def test_a_real_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     assert Path("out/good.log").read_text() == log
     assert main(["sweep", str(file), "--out", "out", "--jobs", "0"]) == 1
     assert "jobs=0" in capsys.readouterr().err
+
+
+def test_code_that_is_typed_may_be_run_by_the_runs_too(
+    stand_in: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trust, "_trusted", set())
+    monkeypatch.setenv(trust.VARIABLE, "other:net")
+    script = stand_in / "train.py"
+    script.write_text("import os; print('may run', os.environ['MOCOSFL_TRUST_CODE'])" + STAND_IN, encoding="utf-8")
+    runs = {"a": {}, "b": {"model.backbone": "python:mine:net", "model.cut": "0"}}
+    file = written(stand_in, {"runs": runs})
+    assert main(["sweep", str(file), "--out", "out"]) == 1
+    assert "run b: model.backbone=python:mine:net: this runs code of yours" in capsys.readouterr().err
+    assert not Path("out").exists()
+    file = written(stand_in, {"set": {"contrast.objective": "mine.py:Loss"}, "runs": {"a": {}}})
+    assert main(["sweep", str(file), "--out", "out"]) == 1
+    message = capsys.readouterr().err
+    assert "run a: contrast.objective=mine.py:Loss: this runs code of yours" in message
+    assert "set MOCOSFL_TRUST_CODE=mine.py:Loss in the environment" in message
+    words = ["contrast.objective=mine.py:Loss", "model.backbone=python:mine:net", "model.cut=0"]
+    file = written(stand_in, {"runs": {"a": {}}})
+    assert main(["sweep", str(file), "--out", "out", "--set", *words]) == 0
+    told = (stand_in / "out" / "a.log").read_text().splitlines()[1].removeprefix("may run ").split(",")
+    assert {"mine.py:Loss", "mine:net", "other:net"} <= set(told)
 
 
 def test_exit_status_and_what_remains(stand_in: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -179,7 +179,9 @@ def sweep(args: Sequence[str], console: Console, errors: Console) -> int:
         say(f"Where nothing else is said: {compare.told(base)}" if base else "")
         return 0
     folder = sweeps.Folder(out, runs)
-    if begun := [folder.folder(name) for name, state in states.items() if state is not sweeps.State.NEW]:
+    paths = [folder.folder(name) for name in runs]
+    # what another sweep has just claimed, or what could not be begun, has no settings there yet
+    if begun := [path for path in paths if path.parent == folder.failed or (path / "config.yaml").exists()]:
         known = states[first] in (sweeps.State.FINISHED, sweeps.State.BEGUN)
         console.print(compare.table(compare.rows(begun), first if known else None))
     return _tell(states, out, given, errors)

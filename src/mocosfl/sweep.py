@@ -47,6 +47,7 @@ from mocosfl.errors import MocosflError, RunError, SettingError, nearest
 from mocosfl.files import write_atomically
 from mocosfl.recipes import recipe
 from mocosfl.run import FAILED, OF_SWEEP, Run, lock
+from mocosfl.trust import check_settings, handed_on
 
 COMMAND = (sys.executable, "-m", "mocosfl", "train")
 """Makes or resumes a run."""
@@ -232,7 +233,9 @@ class Folder:
         return apart if self.is_apart(name) else self.path / name
 
     def is_apart(self, name: str) -> bool:
-        """Whether a run has failed and has not been tried again since."""
+        """Whether a run has failed and has not been tried again since, by a sweep or by hand."""
+        if (self.path / name).exists():
+            return False
         return (self.failed / f"{name}.log").exists() or (self.failed / name).exists()
 
     def check(self) -> dict[str, State]:
@@ -273,7 +276,11 @@ class Folder:
         return State.FAILED if self.is_apart(name) else State.NEW
 
     def put_apart(self, name: str) -> None:
-        """Move a run that failed out of the way, the log last."""
+        """Move a run that failed out of the way, the log last.
+
+        Raises:
+            OSError: another one of that name is there, or the folder cannot be written.
+        """
         self.failed.mkdir(exist_ok=True)
         for path in (self.path / name, self.log(name)):
             if path.exists():
@@ -345,7 +352,8 @@ def sweep(
         Where each run stands at the end.
 
     Raises:
-        SettingError: frozen clients have nothing to start from.
+        SettingError: frozen clients have nothing to start from, or a run names code of the user's that nobody has
+            allowed (``mocosfl.trust``).
         RunError: a folder holds another run; nothing has been started then.
         OSError: the folder cannot be used.
     """
@@ -354,6 +362,7 @@ def sweep(
     for name, config in runs.items():
         try:
             check_frozen(config, resume=False)
+            check_settings(config)
         except SettingError as error:
             raise SettingError(f"run {name}: {error}") from error
     folder = Folder(out, runs)
@@ -363,31 +372,46 @@ def sweep(
     to_make = (State.NEW, State.BEGUN, State.FAILED) if retry else (State.NEW, State.BEGUN)
     waiting = [name for name in runs if states[name] in to_make]
     say(f"{len(runs)} runs, {list(states.values()).count(State.FINISHED)} finished, {len(waiting)} to make")
-    maker = _Maker(folder, jobs, threads, say)
+    failed = [name for name in waiting if states[name] is State.FAILED]
+    maker = _Maker(folder, jobs, threads, say, failed)
     with maker.told_to_stop():
         maker.make(waiting)
     states = folder.check()  # others may have finished some meanwhile
-    for name in maker.elsewhere:
-        if states[name] in (State.NEW, State.BEGUN):
-            states[name] = State.ELSEWHERE
+    for names, state in ((maker.elsewhere, State.ELSEWHERE), (maker.failed, State.FAILED)):
+        states |= {name: state for name in names if states[name] in (State.NEW, State.BEGUN)}
     return states
 
 
 class _Maker:
     """Starts processes and waits for them.
 
+    Args:
+        folder: of the runs.
+        jobs, threads, say: as of ``sweep``.
+        retry: runs to take back from those that failed. Others that are apart when their turn comes have failed in
+            another sweep meanwhile, and stay there.
+
     Attributes:
         elsewhere: runs that others have.
+        failed: runs that could not be begun, or not be put apart.
         under_way: those of ours.
         stops: how often we were told to stop.
     """
 
-    def __init__(self, folder: Folder, jobs: int, threads: int | None, say: Callable[[str], None]) -> None:
-        self.folder, self.jobs, self.say = folder, jobs, say
+    def __init__(
+        self,
+        folder: Folder,
+        jobs: int,
+        threads: int | None,
+        say: Callable[[str], None],
+        retry: Sequence[str] = (),
+    ) -> None:
+        self.folder, self.jobs, self.say, self.retry = folder, jobs, say, retry
         self.elsewhere: set[str] = set()
+        self.failed: set[str] = set()
         self.under_way: dict[str, _Process] = {}
         self.stops = 0
-        environment = dict(os.environ)
+        environment = dict(os.environ) | handed_on()
         if threads is not None or "OMP_NUM_THREADS" not in environment:
             environment["OMP_NUM_THREADS"] = str(threads or max(1, (os.cpu_count() or 1) // jobs))
         self.environment = environment
@@ -411,7 +435,10 @@ class _Maker:
                 if made.process.poll() is not None:
                     del self.under_way[name]
                     with made.claim:
-                        self._ended(name, made)
+                        try:
+                            self._ended(name, made)
+                        except (MocosflError, OSError) as error:
+                            self._give_up(name, f"ended with status {made.process.returncode}: {error}")
 
     def _begin(self, name: str) -> bool:
         """Start a run, unless another sweep is at it or has ended it; whether there is nothing left to do for us."""
@@ -422,6 +449,9 @@ class _Maker:
         self.elsewhere.discard(name)
         try:
             process = self._start(name, claim)
+        except (MocosflError, OSError) as error:
+            self._give_up(name, f"cannot be begun: {error}")
+            process = None
         except BaseException:
             claim.close()
             raise
@@ -434,6 +464,8 @@ class _Maker:
     def _start(self, name: str, claim: IO[bytes]) -> subprocess.Popen[bytes] | None:
         folder = self.folder
         if folder.is_apart(name):
+            if name not in self.retry:  # it has failed in another sweep, since we looked
+                return None
             folder.take_back(name)
         state = folder.state(name)
         if state is State.FINISHED:  # by another sweep, since we looked
@@ -470,6 +502,11 @@ class _Maker:
             folder.put_apart(name)
             text = f"failed with status {status}; see {folder.failed / name}.log"
         self.say(f"{datetime.now():%H:%M:%S} {name}: {text}")
+
+    def _give_up(self, name: str, why: str) -> None:
+        """Leave a run where it is, and go on with the others."""
+        self.failed.add(name)
+        self.say(f"{datetime.now():%H:%M:%S} {name}: {why}")
 
     def _stop(self, number: signal.Signals) -> None:
         if number == signal.SIGTERM:

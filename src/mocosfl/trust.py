@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import os
 
+from mocosfl.config import OBJECTIVES, Config
 from mocosfl.errors import SettingError
 
 VARIABLE = "MOCOSFL_TRUST_CODE"
 """Of the environment: what may be run, ``MODULE:FUNCTION`` or ``FILE.py:CLASS``, with commas between them."""
+
+FUNCTION = "python:"
+"""Beginning of ``model.backbone`` where that is a function of the user."""
 
 _trusted: set[str] = set()
 
@@ -24,6 +28,21 @@ def trust_code(function: str) -> None:
             it; or ``FILE.py:CLASS``, as ``contrast.objective`` has it.
     """
     _trusted.add(function)
+
+
+def handed_on() -> dict[str, str]:
+    """What an environment needs in which a process may run what this one may; nothing, if that is nothing."""
+    names = sorted(_trusted.union(filter(None, os.environ.get(VARIABLE, "").split(","))))
+    return {VARIABLE: ",".join(names)} if names else {}
+
+
+def check_settings(config: Config) -> None:
+    """Raises ``SettingError`` if settings name code that may not be run."""
+    backbone, objective = config.model.backbone, config.contrast.objective
+    if backbone.startswith(FUNCTION):
+        check_trusted(f"model.backbone={backbone}", backbone.removeprefix(FUNCTION))
+    if objective not in OBJECTIVES:
+        check_trusted(f"contrast.objective={objective}", objective)
 
 
 def check_trusted(setting: str, function: str) -> None:

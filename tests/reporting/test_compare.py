@@ -140,6 +140,22 @@ def test_means_over_seeds(tmp_path: Path) -> None:
     assert "| b | sync.every=3 | 1 | 40.00 | 60.00 |" in text
     assert "seed" not in text
 
+    lines = {line["run"]: line for line in csv.DictReader(io.StringIO(compare.as_csv([first, other])))}
+    assert (lines["a0"]["runs"], lines["b"]["runs"]) == ("3", "1")
+    assert float(lines["a0"]["knn"]) == pytest.approx(52.0)
+    assert float(lines["a0"]["knn_std"]) == pytest.approx(statistics.stdev(knns))
+    assert (lines["b"]["knn"], lines["b"]["knn_std"]) == ("40.0", "")
+    assert "knn_std" not in compare.as_csv([other])
+
+
+def test_a_mean_is_of_all_runs_or_of_none(tmp_path: Path) -> None:
+    probes = [60.0, None, 62.0]
+    paths = [hand_made(tmp_path / f"a{seed}", 50.0 + seed, probe, seed=seed) for seed, probe in enumerate(probes)]
+    [row] = compare.averaged(compare.rows(paths))
+    assert row.figures["knn"] == pytest.approx(51.0)
+    assert "linear_probe" not in row.figures
+    assert "linear_probe" not in row.spread
+
 
 def test_the_command(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "new" / "picture.png"

@@ -25,10 +25,10 @@ from mocosfl.config import ModelSettings
 from mocosfl.errors import SettingError
 from mocosfl.models.pieces import Backbone, Piece
 from mocosfl.models.vit import Pool
-from mocosfl.trust import check_trusted
+from mocosfl.trust import FUNCTION, check_trusted
 
-HUB, FUNCTION = "hf:", "python:"
-"""Beginnings of ``model.backbone``."""
+HUB = "hf:"
+"""Beginning of ``model.backbone``, as is ``FUNCTION``."""
 
 LEFT_OUT = re.compile(r"_.*|auto_map|attn_implementation|experts_implementation|dtype|torch_dtype|quantization_config")
 """Of a Hugging Face configuration: what names code or number formats, and has no part in the architecture."""

@@ -184,7 +184,8 @@ def told(settings: Mapping[str, Any]) -> str:
 
 
 def averaged(rows: Sequence[Row]) -> list[Row]:
-    """Finished runs that differ in the seed alone become one row, with mean and standard deviation; others stay."""
+    """Finished runs that differ in the seed alone become one row, with mean and standard deviation of the
+    figures that all of them have; others stay."""
     groups: list[list[Row]] = []
     for row in rows:
         same = (group for group in groups if row.state == FINISHED and _same_but_seed(group[0], row))
@@ -205,8 +206,9 @@ def _same_but_seed(one: Row, other: Row) -> bool:
 
 
 def _mean(group: Sequence[Row]) -> Row:
-    figures = {name: [row.figures[name] for row in group if name in row.figures] for name in group[0].figures}
-    spread = {name: statistics.stdev(values) for name, values in figures.items() if len(values) > 1}
+    shared = [name for name in group[0].figures if all(name in row.figures for row in group)]
+    figures = {name: [row.figures[name] for row in group] for name in shared}
+    spread = {name: statistics.stdev(values) for name, values in figures.items()}
     means = {name: statistics.fmean(values) for name, values in figures.items()}
     settings = {name: value for name, value in group[0].settings.items() if name != "seed"} | {"seed": None}
     return replace(group[0], settings=settings, figures=means, spread=spread, runs=len(group))
@@ -318,15 +320,20 @@ def as_json(rows: Sequence[Row]) -> str:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """For a spreadsheet: a column for each setting that differs, and one for each figure."""
+    """For a spreadsheet: a column for each setting that differs, and one for each figure; where rows are of several
+    runs also ``runs``, and behind each figure its standard deviation, ``FIGURE_std``."""
     names = differing(rows)
     figures = [name for name in ("knn_untrained", *COLUMNS) if any(name in row.figures for row in rows)]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["run", "state", *names, *figures])
+    several = any(row.runs > 1 for row in rows)
+    titles = [title for name in figures for title in (name, f"{name}_std")] if several else figures
+    writer.writerow(["run", "state", *(["runs"] if several else []), *names, *titles])
     for row in rows:
+        values = dict(row.figures) | {f"{name}_std": value for name, value in row.spread.items()}
         settings = [value_text(row.settings[name]) if row.settings else "" for name in names]
-        writer.writerow([row.name, row.state, *settings, *(row.figures.get(name, "") for name in figures)])
+        count = [row.runs] if several else []
+        writer.writerow([row.name, row.state, *count, *settings, *(values.get(title, "") for title in titles)])
     return out.getvalue()
 
 
