@@ -1,6 +1,7 @@
 """Clients that hold the whole network: one of them alone is central training, whatever the method."""
 
 import copy
+import io
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 
 import mocosfl
 from mocosfl.baselines import METHODS, baseline, method_settings
@@ -17,6 +19,7 @@ from mocosfl.data.augment import augment, normalise, policy_of
 from mocosfl.encoder import Encoder
 from mocosfl.errors import SettingError
 from mocosfl.footprint.plan import Plan
+from mocosfl.trainer import Callback, Trainer
 from mocosfl_device.augment import AugmentParameters
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -86,8 +89,26 @@ def test_the_encoder_of_a_run_is_the_average_of_the_clients_networks(tmp_path: P
         }
         | method_settings("fedema")
     )
-    result = mocosfl.train(config, tmp_path / "run")
+    noted: dict[str, torch.Tensor] = {}
+
+    class Note(Callback):
+        def after_training(self, trainer: Trainer) -> None:
+            noted.update({name: stack.detach().clone() for name, stack in trainer.cohort.online.weights.items()})
+
+    said = io.StringIO()
+    result = mocosfl.train(config, tmp_path / "run", callbacks=(Note(),), console=Console(file=said, width=120))
+    text = said.getvalue()
+    assert "batch 10; each with the whole network\nnetwork: resnet18 of width 4, " in text
+    assert "latents" not in text
+    assert "server:" not in text
+    assert mocosfl.evaluate(tmp_path / "run")["knn"] == result.metrics["knn"]
     encoder = mocosfl.load_encoder(tmp_path / "run")
+    learned = dict(encoder.named_parameters())
+    assert learned.keys() < noted.keys()  # the clients have heads besides
+    for name, parameter in learned.items():
+        torch.testing.assert_close(parameter, sum(noted[name]) / 4, rtol=1e-5, atol=1e-6)
+    for client in range(4):  # none of them is the average
+        assert any(not torch.allclose(learned[name], noted[name][client], rtol=1e-3) for name in learned)
     images = torch.rand(3, 1, 8, 8)
     untrained = Encoder(config.model, 1, 8, config.seed)
     torch.testing.assert_close(encoder(images), result.encoder(images))

@@ -116,14 +116,21 @@ def test_figures_of_other_images_are_kept_beside_its_own(run: Path, shapes: Path
     kept = json.loads((run / "evaluation.json").read_text())
     assert kept.pop("transfer") == {str(shapes): other}
     assert kept == own
-    assert (run / "evaluation-transfer.png").stat().st_size > 5000
+    assert own["probe"] == {"epochs": 3, "lr": 0.1, "seed": 2}
+    (picture,) = run.glob("evaluation-transfer-*.png")
+    assert picture.stem.endswith(shapes.name)
+    assert picture.stat().st_size > 5000
+    evaluate(run, settings=QUICK, data="digits", feature_map="tsne")
+    assert set(run.glob("evaluation-transfer*")) == {picture, run / "evaluation-transfer-digits.png"}
     assert not (run / "evaluation.png").exists()
     # What is not measured again stays, and neither figures nor a picture keep the run from being replaced.
     evaluate(run, settings=QUICK.model_copy(update={"probe_epochs": 0}))
     again = json.loads((run / "evaluation.json").read_text())
     assert again["linear_probe"] == own["linear_probe"]
-    assert again["transfer"] == {str(shapes): other}
-    Run.check_free(run, overwrite=True)
+    assert (again["probe"], again["how"]["settings"]["probe_epochs"]) == (own["probe"], 0)
+    assert again["transfer"][str(shapes)] == other
+    Run.create(run, Run.open(run).config, overwrite=True)
+    assert not list(run.glob("evaluation*"))
 
 
 def test_a_run_that_was_evaluated_on_other_images_alone_keeps_its_report(run: Path, shapes: Path) -> None:
@@ -168,6 +175,11 @@ def test_rejects(digits: Path, told: dict, error: type[Exception], message: str)
         evaluate(digits, settings=QUICK, **told)
 
 
+def test_a_set_with_a_test_split_needs_no_seed(shapes: Path) -> None:
+    figures = evaluate(Encoder(ModelSettings(width=4), 3, 8), data=str(shapes), settings=QUICK)
+    assert (figures["test_images"], figures["how"]["seed"]) == (40, 0)
+
+
 def test_images_without_labels_and_encoders_without_images_are_refused(
     digits: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +193,8 @@ def test_images_without_labels_and_encoders_without_images_are_refused(
     encoder = Encoder(ModelSettings(width=4), 1, 8)
     with pytest.raises(SettingError, match="only a run knows its images; name labelled images with --data"):
         evaluate(encoder)
+    with pytest.raises(SettingError, match=r"^seed: digits has no test split, .* the seed of that run with --seed"):
+        evaluate(encoder, data="digits")
     with pytest.raises(SettingError, match="map=tsne: there is no run folder for the picture; name a file with --out"):
         evaluate(encoder, data="digits", feature_map="tsne")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -215,6 +229,7 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -
         [
             *("evaluate", str(tmp_path / "theirs.pth"), "--arch", "resnet18", "--size", "8", "--mean", "0.5"),
             *("--std", "0.3", "--data", "digits", "--evaluation.probe-epochs", "0", "--out", str(tmp_path / "t.json")),
+            *("--seed", "0"),
         ]
     )
     assert status == 0

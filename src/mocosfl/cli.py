@@ -78,11 +78,12 @@ class EvaluateArguments:
     """Also fine-tune the whole encoder with 10 % and with 1 % of the labels."""
     map: Literal["tsne", "umap"] | None = None
     """Also draw test images as points, placed by their features with t-SNE or UMAP (pip install 'mocosfl[umap]'), as
-    evaluation.png, or evaluation-transfer.png with --data; beside the file of --out under its name."""
+    evaluation.png, or evaluation-transfer-SET.png with --data; beside the file of --out under its name."""
     out: Path | None = None
     """File for the figures instead (.json). Without a run folder, unset: they are printed only."""
     seed: int | None = None
-    """Of probe, labelled images, fine-tuning and views. Unset: the run's, or 0."""
+    """Of probe, labelled images, fine-tuning and views. Unset: the run's, or 0. Without a run folder it is needed where
+    --data has no test split: the seed of the run that the encoder is of, so that the same images are set aside."""
     arch: str | None = None
     """Of a ResNet of others: resnet18, resnet34, resnet50 and so on."""
     size: int | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -34,7 +35,7 @@ from mocosfl.foreign import open_encoder
 from mocosfl.reporting.examples import IMAGES, placed
 from mocosfl.reporting.feature_map import draw_map
 from mocosfl.reporting.report import Missing
-from mocosfl.run import Run
+from mocosfl.run import TRANSFER, Run
 from mocosfl.scoring import Labelled, frozen_figures
 from mocosfl_device.augment import AugmentParameters
 from mocosfl_device.randomness import stream
@@ -64,7 +65,8 @@ def evaluate(
     test images.
 
     Figures of a run on its own images are put into ``evaluation.json`` in its folder, where those of earlier calls that
-    are not measured again stay; figures on another set into the same file, under ``transfer`` and the set's name.
+    are not measured again stay, with their settings (``probe``, ``finetune``); figures on another set into the same
+    file, under ``transfer`` and the set's name.
 
     Args:
         source: a run folder, a folder that `mocosfl export` has written, one of their files of weights, or an encoder
@@ -77,10 +79,11 @@ def evaluate(
         settings: of the evaluation. Unset: those of the run.
         semi_supervised: also fine-tune the whole encoder with 10 % and with 1 % of the labels.
         feature_map: also draw up to 1,000 test images as points, placed by t-SNE or UMAP; the picture lies beside the
-            figures, as ``evaluation.png`` or ``evaluation-transfer.png`` in a run folder.
+            figures, as ``evaluation.png`` or ``evaluation-transfer-SET.png`` in a run folder.
         out: file for the figures instead (.json). Without it and without a run nothing is written.
         seed: of the probe, the choice of labelled images, fine-tuning, views, and the untrained encoder. Unset: the
-            run's, or 0. Without a run it also draws the test images of a set that has no test split.
+            run's, or 0. Without a run it also draws the test images of a set that has no test split, and is needed
+            for that: of an encoder of a run, give that run's.
 
     Returns:
         Figures by name, as written; accuracies in percent.
@@ -88,7 +91,7 @@ def evaluate(
     Raises:
         RunError: there is no trained encoder, or a served run has no images of the server's own.
         DataError: the images have no labels, or cannot be used.
-        SettingError: the arguments do not fit together, or to the encoder.
+        SettingError: the arguments do not fit together, or to the encoder; or the seed is needed.
     """
     console = console or Console(quiet=True)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
@@ -102,12 +105,18 @@ def evaluate(
     images_of = _images_of(run, encoder, data, image_column, label_column)
     settings = settings or (run.config.evaluation if run else EvaluationSettings())
     augmentation = run.config.augment if run else AugmentSettings()
-    seed = (run.config.seed if run else 0) if seed is None else seed
+    given_seed, seed = seed, (run.config.seed if run else 0) if seed is None else seed
     began = time.monotonic()
     with prepared(chosen):
         with own_words() if data else nullcontext():
             # Of a run always by its own seed: by another one, images that it was trained on might become test images.
             splits = load(images_of, run.config.seed if run else seed, say).scored
+        if splits.drawn and run is None and given_seed is None:
+            raise SettingError(
+                f"seed: {images_of.source} has no test split, so test images are drawn from it by a seed, and nothing "
+                "here says by which: an encoder whose run had these images may be tested on some that it was trained "
+                "on. Give the seed of that run with --seed (it is in its config.yaml); for any other encoder, any seed"
+            )
         encoder.to(chosen)
         images = Labelled.of(splits, chosen)
         if isinstance(images, str):
@@ -123,12 +132,15 @@ def evaluate(
             )
         figures: dict[str, Any] = {"data": images_of.source, "classes": images.classes}
         frozen, (bank, queries) = frozen_figures(encoder, images, settings, seed, World())
+        if settings.probe_epochs:
+            figures["probe"] = {"epochs": settings.probe_epochs, "lr": settings.probe_lr, "seed": seed}
         figures |= frozen | _logistic(bank, queries, images, settings, say)
         figures |= _sphere(encoder, images.test, augmentation, settings.batch, seed)
         if semi_supervised:
             figures |= _semi_supervised(encoder, images, settings, augmentation, seed, say)
     if feature_map is not None and file is not None:
-        picture = file.with_name("evaluation-transfer.png") if data and out is None else file.with_suffix(".png")
+        transfer = data is not None and out is None
+        picture = file.with_name(_transfer_map(data or "")) if transfer else file.with_suffix(".png")
         title = f"{images_of.source}, {len(images.test):,} test images"
         _draw(feature_map, queries, images.test, picture, title, say)
     figures["how"] = {
@@ -155,6 +167,11 @@ def _file(out: str | Path | None, run: Run | None) -> Path | None:
     if Path(out).suffix != ".json":
         raise SettingError(f"out={out}: expected a file whose name ends in .json")
     return Path(out)
+
+
+def _transfer_map(data: str) -> str:
+    """File name of the map of another set; of a path only the end, as names of files cannot be long."""
+    return f"{TRANSFER}-{re.sub(r'[^A-Za-z0-9_]+', '-', data)[-100:].strip('-') or 'set'}.png"
 
 
 def _images_of(

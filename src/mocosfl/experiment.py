@@ -523,13 +523,15 @@ def _describe(config: Config, federation: Federation, encoder: Encoder, trainer:
     rich = f" ({config.rich} of them rich: batch {config.batches[-1]})" if config.rich else ""
     latent = "x".join(map(str, encoder.latent_shape))
     test = 0 if federation.splits.test is None else len(federation.splits.test)
+    steps = f"{trainer.steps} steps of {config.step_images} images on {trainer.server.device}"
+    clients = f"{len(sizes)}, {kind}, {images} images each, batch {config.clients.batch}{rich}{pool}"
+    if config.clients.holds == "network":
+        halves = f"clients: {clients}; each with the whole network\nnetwork: {model.title}, {steps}"
+    else:
+        halves = f"clients: {clients}; latents {latent}\nserver:  {model.title} cut after {model.cut}, {steps}"
     return (
         f"images:  {config.data.source}, {encoder.channels}x{encoder.size}x{encoder.size}; "
-        f"{len(federation.train_rows)} for training, {len(federation.held_out)} held out, {test} for testing\n"
-        f"clients: {len(sizes)}, {kind}, {images} images each, batch {config.clients.batch}{rich}{pool}; "
-        f"latents {latent}\n"
-        f"server:  {model.title} cut after {model.cut}, {trainer.steps} steps of "
-        f"{config.step_images} images on {trainer.server.device}"
+        f"{len(federation.train_rows)} for training, {len(federation.held_out)} held out, {test} for testing\n{halves}"
     )
 
 

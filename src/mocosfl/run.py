@@ -14,7 +14,7 @@
     seen.npy             fingerprints of the images that the server saw before the clients started
     curve.png            loss, contrast accuracy and kNN over the run
     result.json          the figures at the end; evaluation.json those of `mocosfl evaluate`, and its map as
-                         evaluation.png, or evaluation-transfer.png for other images
+                         evaluation.png, or evaluation-transfer-SET.png for other images
     events.jsonl         of `mocosfl serve`: joins, refusals, late clients and so on, with client and address
     privacy.json         what `mocosfl attack` found; reconstructions.png shows it
     export/              what `mocosfl export` has written
@@ -63,7 +63,6 @@ FILES = (
     "result.json",
     "evaluation.json",
     "evaluation.png",
-    "evaluation-transfer.png",
     "privacy.json",
     "reconstructions.png",
     "export",
@@ -74,6 +73,9 @@ FILES = (
     ".lock",
 )
 """What a run writes."""
+
+TRANSFER = "evaluation-transfer"
+"""How the names of pictures of other sets begin, which a run holds besides."""
 
 FAILED = "failed"
 """Folder beside runs in which a sweep keeps those that failed, and their logs."""
@@ -147,7 +149,11 @@ class Run:
             names = {entry.name for entry in path.iterdir()} if path.exists() else set()
         except OSError as error:
             raise RunError(f"cannot write to the run folder {path}: {error.strerror}") from error
-        foreign = {name for name in names - set(FILES) if not name.endswith(".tmp")}
+        foreign = {
+            name
+            for name in names - set(FILES)
+            if not name.endswith(".tmp") and not (name.startswith(f"{TRANSFER}-") and name.endswith(".png"))
+        }
         if foreign:
             raise RunError(
                 f"{path} holds files that are not of a run ({', '.join(sorted(foreign)[:3])}); "
@@ -164,8 +170,7 @@ class Run:
 
     def _delete(self) -> None:
         """Delete what a run writes, the configuration last: until then the folder is a run."""
-        for name in reversed(FILES):
-            target = self.path / name
+        for target in (*self.path.glob(f"{TRANSFER}-*.png"), *(self.path / name for name in reversed(FILES))):
             if target.is_dir():
                 shutil.rmtree(target)
             else:

@@ -108,7 +108,7 @@ def test_input_is_left_alone_and_gradients_add_up() -> None:
 def test_what_cannot_be_computed_is_named() -> None:
     with pytest.raises(TypeError, match=r"1\.0: BatchNorm2d cannot be computed without PyTorch"):
         describe(nn.Sequential(nn.ReLU(), nn.Sequential(nn.BatchNorm2d(4))))
-    with pytest.raises(TypeError, match="0: Conv2d cannot"):
+    with pytest.raises(TypeError, match="0: Conv2d in groups cannot"):
         describe(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)))
     with pytest.raises(ValueError, match="a layer of unknown kind 'attention'"):
         built([{"kind": "attention"}])

@@ -15,7 +15,7 @@ from shaken import Finished
 
 import mocosfl
 from mocosfl.cli import main
-from mocosfl.encoder import Encoder
+from mocosfl.encoder import Encoder, load_encoder
 from mocosfl.errors import RunError, SettingError
 from mocosfl.exporting import to_onnx
 from mocosfl.exporting.card import model_card
@@ -66,6 +66,32 @@ def test_model_card(finished: Finished, tmp_path: Path) -> None:
     settings = yaml.safe_load(card.text.partition("```yaml")[2].partition("```")[0])
     assert settings["data"]["source"] == "faces"
     assert settings["clients"]["number"] == 20
+
+
+@pytest.mark.parametrize(("measured", "told"), [({}, 40), ({"linear_probe": 99.0, "probe": {"epochs": 7}}, 7)])
+def test_model_card_tells_the_settings_that_a_figure_was_measured_with(
+    finished: Finished, measured: dict, told: int
+) -> None:
+    """The last call was without a probe: it is that of the run's end, or of a call before."""
+    run = finished(**{"data.source": "digits", "evaluation.probe_epochs": 40})
+    last = {"knn": 96.0, "how": {"settings": {"probe_epochs": 0, "k": 30}}}
+    run.write_json("evaluation.json", measured | last)
+    text = model_card(run, load_encoder(run.path), None)
+    assert f"kNN with k = 30, T = 0.1 and 1,438 labelled training images; linear probe of {told} epochs" in text
+    assert f"| linear probe | {measured.get('linear_probe', 98):.2f} % |" in text
+    run.write_json("result.json", {"bank_images": 1438, "test_images": 359})
+    run.write_json("evaluation.json", last)
+    assert "probe of" not in model_card(run, load_encoder(run.path), None)
+
+
+def test_model_card_of_clients_with_whole_networks_speaks_of_no_attack(finished: Finished) -> None:
+    whole = {"clients.holds": "network", "clients.lr_scale": "per_client_mean"}
+    whole |= {"contrast.feature_sharing": False, "contrast.both_views": True}
+    runs = finished(**{"data.source": "digits"}), finished(name="whole", **{"data.source": "digits"} | whole)
+    halves, networks = (model_card(run, load_encoder(run.path), None) for run in runs)
+    assert "Nobody has tried by `mocosfl attack`" in halves
+    assert "mocosfl attack" not in networks
+    assert "Each client trained the whole network" in networks
 
 
 def test_model_card_of_a_hub_data_set_and_no_licence(finished: Finished) -> None:

@@ -145,6 +145,41 @@ def test_code_that_comes_with_a_model_is_not_run(folder: Path) -> None:
         build(settings, 3, 16, 0)
 
 
+TIMM = {"model_type": "timm_backbone", "backbone": "resnet18"}
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        (TIMM, "model_type=timm_backbone"),
+        ({"model_type": "timm_wrapper", "architecture": "resnet18"}, "model_type=timm_wrapper"),
+        ({"model_type": "upernet", "backbone_config": TIMM}, "model_type=timm_backbone"),
+        ({"model_type": "llava", "vision_config": {"model_type": "dpt", "backbone_config": TIMM}}, "model_type=timm_ba"),
+        ({"model_type": "vit", "several": [{"one": TIMM}]}, "model_type=timm_backbone"),
+        ({"model_type": "detr", "use_timm_backbone": True}, "use_timm_backbone=True"),
+        ({"model_type": "upernet", "backbone": "someone/model"}, "backbone=someone/model"),
+        ({"model_type": "llava", "vision_config": {"model_type": "dpt", "backbone": "someone/model"}}, "backbone=someone"),
+        ({"model_type": "detr"}, "backbone=resnet50|model_type=timm_backbone"),  # by default
+    ],
+)
+def test_a_configuration_that_has_a_network_fetched_is_refused(
+    values: dict, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda *address, **_: asked.append(address) or [])
+    for pretrained in (False, True):
+        with pytest.raises(SettingError, match=rf"model.backbone=hf:somewhere: its configuration has ({found})"):
+            build(ModelSettings(backbone="hf:somewhere", architecture=json.dumps(values)), 3, 32, 0, pretrained)
+    assert not asked
+
+
+def test_a_configuration_that_asks_for_nothing_elsewhere_is_accepted() -> None:
+    inner = CONFIGS["resnet"].to_dict()
+    values = CONFIGS["vit"].to_dict() | {"backbone": None, "use_timm_backbone": False, "backbone_config": inner}
+    model = build(ModelSettings(backbone="hf:somewhere", architecture=json.dumps(values), cut="embeddings"), 3, 16, 0)
+    assert model.latent_shape == (17, 12)
+
+
 def test_batch_norm_on_a_client_with_one_image_is_refused(tmp_path: Path) -> None:
     CONFIGS["resnet"].save_pretrained(tmp_path)
     config = digits(
@@ -204,12 +239,51 @@ def shared(channels: int, size: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(channels, 4, 3), block, block)
 
 
+class Tied(nn.Module):
+    """A residual block that goes by two names through one layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.a = self.b = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(self.a(x))
+
+
+def tied(channels: int, size: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(channels, 4, 3), Tied(nn.Conv2d(4, 4, 1)))
+
+
+def tied_statistics(channels: int, size: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(channels, 4, 3), Tied(nn.BatchNorm2d(4, affine=False)))
+
+
+def tied_nothing(channels: int, size: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(channels, 4, 3), Tied(nn.ReLU()))
+
+
 def flat(channels: int, size: int) -> nn.Module:
     return Flat()
 
 
 def across(channels: int, size: int) -> nn.Module:
     return Across()
+
+
+class Named(nn.Module):
+    """Its layers have the names of those that a cut adds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bottleneck, self.pool, self.pool_ = nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(2), nn.Conv2d(4, 6, 1)
+        self.flatten = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.flatten(self.pool_(self.pool(self.bottleneck(x))))
+
+
+def named(channels: int, size: int) -> nn.Module:
+    return Named()
 
 
 def nothing(channels: int, size: int) -> None:
@@ -224,7 +298,8 @@ def wrong(channels: int, size: int) -> nn.Module:
 def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     """All functions of this file."""
     monkeypatch.setitem(sys.modules, "own_networks", sys.modules[__name__])
-    names = ("own", "shared", "flat", "across", "nothing", "wrong", "none")
+    names = ("own", "shared", "flat", "across", "named", "nothing", "wrong", "none")
+    names += ("tied", "tied_statistics", "tied_nothing")
     monkeypatch.setenv(trust.VARIABLE, ",".join(f"own_networks:{name}" for name in names))
 
 
@@ -244,12 +319,31 @@ def test_a_network_of_the_user_is_cut_between_its_layers() -> None:
 
 
 @pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize("cut", ["bottleneck", "pool", "pool_", "flatten"])
+def test_layers_may_have_the_names_of_those_that_a_cut_adds(cut: str) -> None:
+    with seeded(stream(0, "backbone")):
+        whole = Named()
+    images = torch.randn(2, 3, 8, 8)
+    settings = ModelSettings(backbone="python:own_networks:named", cut=cut)
+    model = build(settings, 3, 8, 0)
+    assert torch.equal(model.server(model.client(images)), whole(images).mean(dim=(2, 3)))
+    # with a bottleneck every layer is there beside its pair
+    narrowed = build(settings.model_copy(update={"bottleneck": "C2S1"}), 3, 8, 0)
+    latents = narrowed.client(images)
+    narrow, widen = narrowed.client[-1], narrowed.server[0]
+    assert torch.equal(latents, narrow(model.client(images)))
+    assert torch.equal(narrowed.server(latents), model.server(widen(latents)))
+
+
+@pytest.mark.usefixtures("trusted")
 @pytest.mark.parametrize(
     ("name", "words"),
     [
         ("flat", "it is no sequence of layers, .* it is one up to pool"),
         ("across", "it is no sequence of layers, .* it is one up to b"),
         ("shared", "1 and 1_2 share weights"),
+        ("tied", "in its layer 1 a.weight and b.weight are the same weights"),
+        ("tied_statistics", "in its layer 1 a.running_mean and b.running_mean are the same weights"),
         ("nothing", "made no torch.nn.Module but NoneType"),
         ("wrong", "cannot be run on images of 3x8x8: RuntimeError"),
         ("none", "has no attribute 'none'"),
@@ -258,6 +352,11 @@ def test_a_network_of_the_user_is_cut_between_its_layers() -> None:
 def test_what_cannot_be_cut_is_refused(name: str, words: str) -> None:
     with pytest.raises(SettingError, match=f"model.backbone=python:own_networks:{name}: .*{words}"):
         build(ModelSettings(backbone=f"python:own_networks:{name}", cut="0"), 3, 8, 0)
+
+
+@pytest.mark.usefixtures("trusted")
+def test_a_layer_without_weights_may_have_two_names() -> None:
+    assert build(ModelSettings(backbone="python:own_networks:tied_nothing", cut="0"), 3, 8, 0).features == 4
 
 
 NETWORK = """

@@ -10,7 +10,7 @@ import pytest
 from mocosfl.errors import RunError
 from mocosfl.footprint import traffic
 from mocosfl.footprint.plan import Plan
-from mocosfl.reporting import report
+from mocosfl.reporting import compare, report
 from mocosfl.reporting.page import page
 from mocosfl.reporting.report import Metrics, Missing, Reader, Series, running_total
 from mocosfl.reporting.sections import Shown
@@ -145,6 +145,16 @@ def test_figures_that_are_null_are_left_out(copied: Callable[[str], Path]) -> No
     (folder / "evaluation.json").write_text('{"knn": 70, "linear_probe": null, "test_images": null}')
     found = Reader(folder).read()
     assert "70.00 %" in page([Shown("null", found, Missing("not asked for"))]).state()["parts"]["evaluation"]
+
+
+def test_figures_that_were_not_measured_again_are_those_of_the_end(copied: Callable[[str], Path]) -> None:
+    folder = copied("again")
+    Run.open(folder).write_json("result.json", {"knn": 60.0, "linear_probe": 80.0, "steps": 32})
+    Run.open(folder).write_json("evaluation.json", {"knn": 70.0, "alignment": 0.5})
+    found = Reader(folder).read().evaluation
+    assert (found["knn"], found["linear_probe"], found["alignment"]) == (70, 80, 0.5)
+    (row,) = compare.rows([folder])
+    assert (row.figures["knn"], row.figures["linear_probe"]) == (70, 80)
 
 
 def test_a_file_that_was_replaced_is_read_anew(tmp_path: Path) -> None:

@@ -70,11 +70,13 @@ class Splits:
         train: the training split.
         test: the test split; None where the source has none, and no labels to make one by.
         bank: labelled images to evaluate with instead of ``train`` (``data.label_split``).
+        drawn: the source has no test split; ``test`` was drawn from its training split, by the seed.
     """
 
     train: ImageSet
     test: ImageSet | None
     bank: ImageSet | None = None
+    drawn: bool = False
 
     @property
     def scored(self) -> Splits:
@@ -365,7 +367,8 @@ def _divide(decoded: Decoded, settings: DataSettings, seed: int, say: Callable[[
             # Indexing copies, also out of a memmap; an array that is in memory whole needs no second copy.
             held = array if whole and not isinstance(array, np.memmap) else array[part]
             sets.append(ImageSet(held, numbers, classes))
-    return Splits(sets[0], sets[1] if len(sets) > 1 else None, sets[2] if len(sets) > 2 else None)
+    drawn = len(sets) > len(decoded.pixels)
+    return Splits(sets[0], sets[1] if len(sets) > 1 else None, sets[2] if len(sets) > 2 else None, drawn)
 
 
 def _shuffled_rank(labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:

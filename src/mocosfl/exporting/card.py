@@ -231,7 +231,9 @@ def _seen(run: Run, settings: Config, figures: dict[str, Any]) -> str:
         whom = f"{seen:,} images, which its server saw" if seen else "no images that its server saw directly"
         lines.append(f"- It started from the run {settings.clients.init}, pre-trained on {whom}.")
     audit = run.read_json("privacy.json")
-    if audit is None:
+    if settings.clients.holds == "network":
+        pass  # there are no latents to attack
+    elif audit is None:
         lines.append("- Nobody has tried by `mocosfl attack` how much of an image its latents give away.")
     else:
         worst = {score: audit["worst"][score]["value"] for score in ("mse", "ssim", "identified")}
@@ -248,11 +250,14 @@ def _figures(run: Run, settings: Config, figures: dict[str, Any]) -> str:
     names = {"knn_untrained": "kNN of the untrained encoder", **FIGURES}
     rows = {name: f"{figures[key]:.2f} %" for key, name in names.items() if key in figures}
     evaluation = settings.evaluation.model_copy(update=figures.get("how", {}).get("settings", {}))
+    # Of the run's end, or of the call that measured it: a later one without a probe leaves it as it is.
+    probe_epochs = figures.get("probe", {}).get("epochs", settings.evaluation.probe_epochs)
     test = shown_source(_tested_on(run, run.config) or "")
     how = (
         f"Accuracy on all {figures['test_images']:,} test images of {test}. kNN with k = {evaluation.k}, "
-        f"T = {evaluation.temperature:g} and {figures['bank_images']:,} labelled training images; linear probe of "
-        f"{evaluation.probe_epochs} epochs on the same. One run."
+        f"T = {evaluation.temperature:g} and {figures['bank_images']:,} labelled training images"
+        + (f"; linear probe of {probe_epochs} epochs on the same" if "linear_probe" in figures else "")
+        + ". One run."
     )
     made = []
     if "training_seconds" in figures:

@@ -125,6 +125,25 @@ def _cleaned(values: dict[str, Any]) -> dict[str, Any]:
     return {name: _cleaned(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
+def _check_contained(values: Any, what: str) -> None:
+    """Raises ``SettingError`` where a configuration, or one in it, has a network fetched: by timm, or from the hub."""
+    if isinstance(values, list | tuple):
+        values = dict(enumerate(values))
+    if not isinstance(values, dict):
+        return
+    for name, value in values.items():
+        if (
+            (name == "model_type" and isinstance(value, str) and value.startswith("timm"))
+            or (name == "use_timm_backbone" and value)
+            or (name == "backbone" and isinstance(value, str))
+        ):
+            raise SettingError(
+                f"{what}: its configuration has {name}={value}, for a network that timm or the hub would be asked for; "
+                "accepted are models of transformers that are described in full"
+            )
+        _check_contained(value, what)
+
+
 def _of_hub(settings: ModelSettings, channels: int, size: int, pretrained: bool) -> tuple[nn.Module, set[str]]:
     """A model of transformers, and the names of the weights that its source lacks.
 
@@ -137,14 +156,16 @@ def _of_hub(settings: ModelSettings, channels: int, size: int, pretrained: bool)
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     values = _cleaned(json.loads(settings.architecture)) if settings.architecture else _architecture(settings)
+    _check_contained(values, what)  # before anything is made of it: some classes ask the hub as they are made
     kind = values.pop("model_type", None)
-    if kind not in CONFIG_MAPPING or kind.startswith("timm"):  # timm's own loaders follow where a configuration points
+    if kind not in CONFIG_MAPPING:
         raise SettingError(
             f"{what}: transformers {transformers.__version__} has no models of type {kind}; code that comes "
             "with a model is not run"
         )
     try:
         config = CONFIG_MAPPING[kind].from_dict(values)
+        _check_contained(config.to_dict(), what)  # what is left out may be timm's by default
         for name, value in (("num_channels", channels), ("image_size", size)):
             if hasattr(config, name):
                 setattr(config, name, value)
@@ -154,6 +175,8 @@ def _of_hub(settings: ModelSettings, channels: int, size: int, pretrained: bool)
         network, info = transformers.AutoModel.from_pretrained(
             source, config=config, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
+    except SettingError:
+        raise
     except Exception as error:  # whatever a model of transformers raises
         hint = "; its weights may be for images of another size: set data.size" if pretrained else ""
         raise SettingError(f"{what}: cannot be built: {type(error).__name__}: {error}{hint}") from error
@@ -385,9 +408,17 @@ def _named(chain: list[_Call]) -> list[Piece]:
 
 
 def _check_unshared(pieces: list[Piece], what: str) -> None:
-    owners: dict[nn.Parameter, str] = {}
+    owners: dict[int, tuple[str, str]] = {}
     for piece in pieces:
-        for parameter in piece.module.parameters():
-            other = owners.setdefault(parameter, piece.name)
+        for name, tensor in piece.module.state_dict().items():
+            if not isinstance(tensor, Tensor) or tensor.numel() == 0:
+                continue
+            name = name.removeprefix("layer.")
+            other, its = owners.setdefault(tensor.data_ptr(), (piece.name, name))
             if other != piece.name:
                 raise SettingError(f"{what}: {other} and {piece.name} share weights, so they cannot be cut apart")
+            if its != name:
+                raise SettingError(
+                    f"{what}: in its layer {piece.name} {its} and {name} are the same weights, which cannot be saved "
+                    "or averaged under two names; give them one name"
+                )

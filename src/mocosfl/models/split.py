@@ -163,11 +163,20 @@ def build(settings: ModelSettings, channels: int, size: int, seed: int, pretrain
         latent_shape = _shape_after(_sequence(client), (channels, size, size))
         if bottleneck is not None:
             bottleneck.check(latent_shape)
-            client["bottleneck"], widen = bottleneck.pair(ours[-1].channels)
-            server = {"bottleneck": widen, **server}
-            latent_shape = _shape_after(client["bottleneck"], latent_shape)
-        server |= backbone.ending
+            narrow, widen = bottleneck.pair(ours[-1].channels)
+            client[_free("bottleneck", client)] = narrow
+            server = {_free("bottleneck", server): widen, **server}
+            latent_shape = _shape_after(narrow, latent_shape)
+        for name, module in backbone.ending.items():
+            server[_free(name, server)] = module
     return SplitModel(_sequence(client), _sequence(server), latent_shape, backbone.features)
+
+
+def _free(name: str, modules: dict[str, nn.Module]) -> str:
+    """The name, or where a layer of the half has it already, as networks of others may, one like it."""
+    while name in modules:
+        name += "_"
+    return name
 
 
 def _sequence(modules: dict[str, nn.Module]) -> nn.Sequential:

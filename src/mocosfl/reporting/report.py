@@ -160,7 +160,7 @@ class Contents:
         steps: of the whole run; None where that is not known yet.
         metrics: of metrics.jsonl.
         result: of result.json.
-        evaluation: the figures on the test set, of evaluation.json or else result.json.
+        evaluation: the figures on the test set, each of evaluation.json or else of result.json.
         privacy: of privacy.json.
         reconstructions: the bytes of reconstructions.png.
         partition: who holds what.
@@ -229,6 +229,8 @@ class Reader:
         there = evaluation.why if isinstance(evaluation, Missing) else "knn" in evaluation
         if not there:  # or of other images alone
             evaluation = result
+        elif not isinstance(evaluation, Missing) and not isinstance(result, Missing):
+            evaluation = result | evaluation  # which may be without a probe
         if not isinstance(evaluation, Missing) and "knn" not in evaluation:
             evaluation = Missing("there were no labelled training and test images to evaluate on")
         alone = Missing("the server pre-trains alone: no client takes part yet")
