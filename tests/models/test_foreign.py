@@ -154,11 +154,17 @@ TIMM = {"model_type": "timm_backbone", "backbone": "resnet18"}
         (TIMM, "model_type=timm_backbone"),
         ({"model_type": "timm_wrapper", "architecture": "resnet18"}, "model_type=timm_wrapper"),
         ({"model_type": "upernet", "backbone_config": TIMM}, "model_type=timm_backbone"),
-        ({"model_type": "llava", "vision_config": {"model_type": "dpt", "backbone_config": TIMM}}, "model_type=timm_ba"),
+        (
+            {"model_type": "llava", "vision_config": {"model_type": "dpt", "backbone_config": TIMM}},
+            "model_type=timm_ba",
+        ),
         ({"model_type": "vit", "several": [{"one": TIMM}]}, "model_type=timm_backbone"),
         ({"model_type": "detr", "use_timm_backbone": True}, "use_timm_backbone=True"),
         ({"model_type": "upernet", "backbone": "someone/model"}, "backbone=someone/model"),
-        ({"model_type": "llava", "vision_config": {"model_type": "dpt", "backbone": "someone/model"}}, "backbone=someone"),
+        (
+            {"model_type": "llava", "vision_config": {"model_type": "dpt", "backbone": "someone/model"}},
+            "backbone=someone",
+        ),
         ({"model_type": "detr"}, "backbone=resnet50|model_type=timm_backbone"),  # by default
     ],
 )
