@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,17 +16,10 @@ from mocosfl.errors import RunError, SettingError
 from mocosfl.exporting.torchvision import by_their_names, torchvision_weights
 from mocosfl.foreign import load_resnet, open_encoder
 
+sys.path.insert(0, str(Path(__file__).parent / "exporting"))
+from shaken import shaken
+
 HALF = {"mean": (0.5,), "std": (0.25,)}
-
-
-def shaken(encoder: Encoder) -> Encoder:
-    """With norms and a normalisation that do something."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, tensor in encoder.state_dict().items():
-            if tensor.ndim == 1 and tensor.is_floating_point():
-                tensor.add_(0.2 * torch.rand(tensor.shape, generator=generator) + ("std" in name) * -0.7)
-    return encoder.eval()
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,8 @@ class Trainer:
         self.config, self.cohort, self.server, self.callbacks = config, cohort, server, callbacks
         self.world = world or World()
         self.steps_per_epoch = images / config.step_images
-        schedule = Schedule.of(config, images)
-        self.steps, self.round_steps = schedule.steps, schedule.round_steps
+        self.schedule = Schedule.of(config, images)
+        self.steps, self.round_steps = self.schedule.steps, self.schedule.round_steps
         self.warmup = round(config.train.warmup * self.steps)
         self.step = 0
         self.stop = False
@@ -107,7 +107,7 @@ class Trainer:
                     metrics |= self.cohort.backward(gradients, client_lr)
 
             self.step += 1
-            if not self.config.clients.frozen and self._at_sync_point(sampled):
+            if not self.config.clients.frozen and self._at_sync_point():
                 with phase("synchronise"):
                     metrics |= self.cohort.synchronise()
             self._watch(metrics["loss"])
@@ -120,11 +120,10 @@ class Trainer:
         config = self.config
         return pool_of_round(config.seed, round_, config.clients.number, config.pool, config.rich, config.pool_rich)
 
-    def _at_sync_point(self, sampled: bool) -> bool:
+    def _at_sync_point(self) -> bool:
         """After every so many steps (of a round, where pools are sampled), before the pool changes, at the end."""
-        every = self.config.sync.every
-        since = self.step % self.round_steps if sampled else self.step
-        return (every > 0 and since % every == 0) or (sampled and since == 0) or self.step == self.steps
+        begin, length = self.schedule.interval(self.step - 1)
+        return self.step == begin + length
 
     def rates_of(self, step: int) -> tuple[float, float]:
         """Learning rates of server and clients in a step, from 0: warm-up, then a cosine, both counted in steps."""

@@ -213,5 +213,5 @@ def test_bytes_wait_for_the_size_of_the_images(copied: Callable[[str], Path]) ->
     (folder / "config.yaml").write_text(config.to_yaml())
     assert Reader(folder).read().counted["a client"].step["query latents"] > 0  # encoder.json knows it
     (folder / "encoder.json").unlink()
-    assert "before the run has finished" in Reader(folder).read().counted.why
+    assert "bytes cannot be counted: data.size is not set" in Reader(folder).read().counted.why
     assert Reader(folder, size=8).read().counted["a client"].step["query latents"] > 0
