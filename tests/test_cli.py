@@ -28,6 +28,7 @@ def command(*args: str, **more: object) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.soak
 def test_a_real_run_on_digits_learns(tmp_path: Path) -> None:
     """The demo's recipe for a few epochs: a clear margin over the untrained encoder, on the test set."""
     done = command("train", "digits", "--out", "run", "--train.epochs", "20", "--evaluation.every", "10", cwd=tmp_path)
@@ -68,14 +69,8 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "stop",
-    [
-        pytest.param(signal.SIGINT, marks=pytest.mark.soak),
-        pytest.param(signal.SIGTERM, marks=pytest.mark.soak),
-        signal.SIGKILL,
-    ],
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_run_goes_on_to_the_same_end(tmp_path: Path, whole_run: Path, stop: signal.Signals) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "mocosfl", "train", "digits", "--out", "cut", *LONGER],

@@ -357,6 +357,7 @@ def test_a_folder_in_which_somebody_trains_is_left_alone(stopped: Path) -> None:
     assert states == {"a": State.FINISHED, "slow-b": State.ELSEWHERE, "slow-c": State.FINISHED}
 
 
+@pytest.mark.soak
 def test_a_real_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     file = written(tmp_path, {"set": DIGITS, "runs": {"good": {}, "left": {"partition.kind": "classes"}}})
