@@ -42,7 +42,7 @@ METHODS = ("flmoco", "flsimclr", "flbyol", "fedu", "fedema")
 """Names of the methods in recipes."""
 
 LOCAL_EPOCHS = 5
-"""Passes over a client's images between two averages, of FedU and FedEMA."""
+"""Passes over a client's images between two averages."""
 
 
 def method_settings(method: str) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def held_by_clients(
 
 
 def baseline(method: str, source: str, number: int, kind: str = "noniid") -> Config:
-    """A method at the settings of FedEMA's experiments: 5 local epochs, batch 128, SGD at 0.032, BatchNorm.
+    """A method with 5 local epochs, batch 128, SGD at 0.032 and BatchNorm (after FedEMA; docs/baselines.md).
 
     Batches are smaller where clients have fewer images. Epochs are those of MocoSFL's recipes, so that as many images
     are seen.
