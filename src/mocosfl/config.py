@@ -384,6 +384,8 @@ class DefenceSettings(Settings):
 
 OBJECTIVES = ("moco", "mocov3", "simclr", "byol")
 """Objectives by name (``mocosfl.contrast.objectives``)."""
+COMPARING = ("mocov3", "simclr", "byol")
+"""Those that need more than one image in a step, as negatives or for the BatchNorm of their predictor."""
 
 CodecName = Literal["fp32", "bf16", "int8", "int4", "topk"]
 
@@ -646,8 +648,7 @@ class Config(Settings):
             )
         self._check_recalling()
         if contrast.objective in OBJECTIVES:  # of others it is known once their class is
-            batches = contrast.objective in ("mocov3", "simclr", "byol")
-            self.check_objective(contrast.objective == "moco", batches)
+            self.check_objective(contrast.objective == "moco", contrast.objective in COMPARING)
         if clients.holds == "network":
             self._check_whole()
         if self.pretrain.spare_client >= clients.number:
@@ -675,12 +676,8 @@ class Config(Settings):
                 f"contrast.objective={contrast.objective}: it compares the images of a batch; {which} must be at "
                 "least 2"
             )
-        if clients.drop and (batches or self.model.head == "large") and clients.batch < 2:
-            raise SettingError(
-                f"clients.drop={clients.drop:g}: one client may be all that is left in a step, and "
-                f"contrast.objective={contrast.objective} with model.head={self.model.head} needs two images; set "
-                "clients.batch to at least 2"
-            )
+        if clients.drop:
+            self.check_left(1, f"clients.drop={clients.drop:g}", batches)
         if not contrast.concatenate and self.model.head == "large" and least < 2:
             raise SettingError(
                 "model.head=large: BatchNorm has nothing to average over at clients.batch=1 with "
@@ -697,6 +694,33 @@ class Config(Settings):
             raise SettingError(
                 f"contrast.queue={contrast.queue}: without feature sharing each of the {clients.number} clients "
                 "needs at least one key of its own"
+            )
+
+    def needed(self, quorum: float, min_clients: int | None) -> int:
+        """Clients without whom no step is made.
+
+        Args:
+            quorum: their share of the active clients, or of those that a run begins with if these are fewer.
+            min_clients: so many it begins with. None or 0: all.
+        """
+        return math.ceil(quorum * min(min_clients or self.clients.number, self.pool))
+
+    def check_left(self, clients: int, setting: str, batches: bool) -> None:
+        """Raises unless a step can be made of the images of so few clients.
+
+        Args:
+            clients: the fewest that may be left in a step.
+            setting: by which setting, with its value.
+            batches: whether the objective needs more than one image.
+
+        Raises:
+            SettingError: they are too few.
+        """
+        if (batches or self.model.head == "large") and clients * self.clients.batch < 2:
+            raise SettingError(
+                f"{setting}: one client may be all that is left in a step, and "
+                f"contrast.objective={self.contrast.objective} with model.head={self.model.head} needs two images; set "
+                "clients.batch to at least 2"
             )
 
     def _check_whole(self) -> None:

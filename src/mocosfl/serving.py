@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from mocosfl.clients import Cohort
-from mocosfl.config import Config
+from mocosfl.config import COMPARING, Config
 from mocosfl.data.federation import Guests, set_aside
 from mocosfl.data.images import ImageSet
 from mocosfl.data.partition import Partition
@@ -242,6 +242,13 @@ def _check_servable(config: Config, settings: ServeSettings, resume: bool) -> No
         raise SettingError(
             f"min_clients={settings.min_clients}: there are {config.clients.number} clients (clients.number)"
         )
+    check_quorum(config, settings.quorum, settings.min_clients)
+
+
+def check_quorum(config: Config, quorum: float, min_clients: int | None) -> None:
+    """Raises ``SettingError`` where a quorum of the clients may be too few images for a step."""
+    batches = config.contrast.objective in COMPARING
+    config.check_left(config.needed(quorum, min_clients), f"quorum={quorum:g}", batches)
 
 
 def check_remote(command: str, config: Config, resume: bool) -> None:

@@ -400,6 +400,7 @@ REFUSED = [
     ({}, {"mode": "average"}, "mode=average: clients.frozen=true leaves nothing to average"),
     ({"clients.init": None}, {}, "clients.frozen=True: frozen clients need a trained half"),
     ({}, {"min_clients": 4}, r"min-clients=4: there are 3 clients \(clients.number\)"),
+    ({"contrast.objective": "mocov3", "clients.batch": 1}, {"quorum": 0.3}, "quorum=0.3: one client .* two images"),
     ({"data.size": None}, {}, "data.size is not set"),
     ({}, {"evaluate_on": "digit"}, "did you mean digits"),
     ({"clients.frozen": False, "sync.own": "ema"}, {"mode": "average"}, "sync.own=ema"),

@@ -127,6 +127,11 @@ def test_a_server_evaluates_on_images_of_its_own(start: Commands, data: Callable
         ({"defence.kind": "ressfl"}, {}, "defence.kind=ressfl"),
         ({"clients.frozen": True}, {}, "clients.frozen=True: frozen clients need a trained half"),
         ({}, {"min_clients": 4}, r"min_clients=4: there are 3 clients \(clients.number\)"),
+        (
+            {"contrast.objective": "byol", "clients.batch": 1},
+            {"quorum": 0.3},
+            "quorum=0.3: one client .* needs two images",
+        ),
         ({}, {"clients_file": "nobody.json"}, "no client is enrolled there; mocosfl enroll does it"),
         ({}, {"evaluate_on": "digit"}, "did you mean digits"),
     ],

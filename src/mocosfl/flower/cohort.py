@@ -335,8 +335,7 @@ class FlowerCohort:
     @property
     def need(self) -> int:
         """Clients without whose answers the run waits."""
-        wanted = self.settings.min_clients or self.config.clients.number
-        return math.ceil(self.settings.quorum * min(wanted, self.config.pool))
+        return self.config.needed(self.settings.quorum, self.settings.min_clients)
 
     def _filled(self) -> Chunk:
         """The next chunk, when all who were asked have answered or failed; the one after it is asked for."""

@@ -24,7 +24,7 @@ from mocosfl.models.foreign import settled
 from mocosfl.models.heads import WIDTHS
 from mocosfl.run import Run
 from mocosfl.server import Server
-from mocosfl.serving import check_remote, conduct, folder_is_fresh, own_images, restore_images
+from mocosfl.serving import check_quorum, check_remote, conduct, folder_is_fresh, own_images, restore_images
 from mocosfl.trainer import Callback, Trainer
 
 
@@ -137,6 +137,7 @@ def _check(config: Config, settings: FlowerSettings) -> None:
                 "mode=latents: clients that learn need a gradient in every step, and a message takes seconds; accepted "
                 "with clients.frozen=true. For clients that learn there are mode=average and mocosfl serve"
             )
+        check_quorum(config, settings.quorum, settings.min_clients)
         return
     if config.clients.frozen:
         raise SettingError("mode=average: clients.frozen=true leaves nothing to average; use mode=latents")

@@ -189,7 +189,7 @@ class Exchange:
     @property
     def need(self) -> int:
         """Clients without whose latents no step is made."""
-        return math.ceil(self.settings.quorum * min(self.settings.min_clients or len(self.pool), len(self.pool)))
+        return self.config.needed(self.settings.quorum, self.settings.min_clients)
 
     def seat_pool(self, pool: NDArray[np.int64]) -> None:
         """Give every active client, (P,) int64 ascending, its place in the batch."""
