@@ -21,13 +21,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mocosfl.baselines import held_by_clients
 from mocosfl.clients import FrozenCohort, Latents, LocalCohort
 from mocosfl.config import CacheSettings, Config, TrafficSettings
 from mocosfl.data.images import ImageSet
 from mocosfl.data.partition import Partition
 from mocosfl.data.sampler import ClientSampler
 from mocosfl.errors import RunError
-from mocosfl.baselines import held_by_clients
 from mocosfl.footprint import arithmetic
 from mocosfl.footprint.plan import Plan
 from mocosfl.latent_cache import LatentStore

@@ -5,8 +5,8 @@ compression, and what they are after it depends on the numbers. Messages are ten
 protobuf, and gRPC's frame of 5 bytes. What TLS and HTTP/2 add is estimated: 9 bytes a frame and 22 a record, of
 16 KiB each. Greetings, heartbeats and the headers of TCP and IP are not counted.
 
-Clients that hold the whole network (``clients.holds=network``) are only simulated. Counted is what their methods exchange:
-the weights at every average, as a state dict.
+Clients that hold the whole network (``clients.holds=network``) are only simulated. Counted is what their methods
+exchange: the weights at every average, as a state dict.
 """
 
 from __future__ import annotations
