@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mocosfl.recipes import ARCHITECTURES, RECIPES, RICH, name_of
+from mocosfl.recipes import ABLATIONS, ARCHITECTURES, RECIPES, RICH, name_of
 
 UNKNOWN = "not known to us"
 
@@ -149,6 +149,19 @@ def _architectures() -> Iterator[Row]:
         yield Row(name_of("cifar10", 100, "noniid", backbone=backbone), f"{backbone}, CIFAR-10, 100 clients")
 
 
+def _ablations() -> Iterator[Row]:
+    words = {
+        "own-queues": "no feature sharing: a queue for each client",
+        "one-by-one": "no vector concatenation: a step for each client, one after another",
+        "cut3-aligned": "MocoSFL-3, momentum copies averaged too",
+        "mocov3": "MoCo v3 in place of v2",
+        "byol": "BYOL in place of MoCo",
+        "simclr": "SimCLR in place of MoCo",
+    }
+    for name in ABLATIONS:
+        yield Row(f"cifar10-noniid-100-{name}", words[name])
+
+
 def _heterogeneous() -> Iterator[Row]:
     for number, (rich, factor, data) in RICH.items():
         preset = f"{rich:g}_{1 - rich:g}|{factor}|{data:g}_{1 - data:g}"
@@ -229,6 +242,14 @@ GROUPS = (
         tuple(_architectures()),
         "The text says of B.5: about 4 points above FL-BYOL. vgg13 and mobilenetv2 are cut later, at smaller rates, "
         "as in the release.",
+    ),
+    Group(
+        "ablations",
+        "cifar10-noniid-100 with one thing taken away or exchanged",
+        PROBE,
+        tuple(_ablations()),
+        "The comparisons are ours. Without averages in between: --sync.every 0.",
+        SMALL,
     ),
     Group(
         "heterogeneous",

@@ -239,6 +239,23 @@ def architecture(backbone: str) -> Config:
     return config.updated(ARCHITECTURES[backbone])
 
 
+ABLATIONS: dict[str, dict[str, object]] = {
+    "own-queues": {"contrast.feature_sharing": False},
+    "one-by-one": {"contrast.concatenate": False},
+    "cut3-aligned": {"model.cut": 3, "sync.momentum": True},
+    "mocov3": {"contrast.objective": "mocov3", "model.head": "large"},
+    "byol": {"contrast.objective": "byol", "model.head": "large"},
+    "simclr": {"contrast.objective": "simclr", "contrast.both_views": True},
+}
+"""What is taken away from `cifar10-noniid-100`, or exchanged in it, one thing at a time. By the end of the recipe's name."""
+
+
+def ablation(name: str) -> Config:
+    """`cifar10-noniid-100` with one thing changed; see ``ABLATIONS``."""
+    config = published("cifar10", 100, "noniid")
+    return config.updated({"recipe": f"{config.recipe}-{name}"} | ABLATIONS[name])
+
+
 def _of_the_paper() -> dict[str, Callable[[], Config]]:
     """Recipes of the paper's tables and figures (``mocosfl.published`` says which belong to which)."""
     wanted: list[tuple[str, int, str, int, int | None, str]] = []
@@ -259,6 +276,8 @@ def _of_the_paper() -> dict[str, Callable[[], Config]]:
             found[f"taressfl-cut{cut}" + (f"-target{percent:g}" if percent else "")] = partial(taressfl, cut, percent)
     for backbone in ARCHITECTURES:
         found[name_of("cifar10", 100, "noniid", backbone=backbone)] = partial(architecture, backbone)
+    for name in ABLATIONS:
+        found[f"cifar10-noniid-100-{name}"] = partial(ablation, name)
     for number, preset in RICH.items():
         found[f"cifar10-hetero-{number}"] = partial(heterogeneous, number, *preset)
     return found | {"cifar10-device": device, "cifar10-device-cut1": partial(device, 1)}
