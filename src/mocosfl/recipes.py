@@ -247,7 +247,7 @@ ABLATIONS: dict[str, dict[str, object]] = {
     "byol": {"contrast.objective": "byol", "model.head": "large"},
     "simclr": {"contrast.objective": "simclr", "contrast.both_views": True},
 }
-"""What is taken away from `cifar10-noniid-100`, or exchanged in it, one thing at a time. By the end of the recipe's name."""
+"""What is taken away from `cifar10-noniid-100`, or exchanged in it, one thing at a time; by the end of the name."""
 
 
 def ablation(name: str) -> Config:
