@@ -398,8 +398,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     _draw_accuracies(places[0], rows, looks)
     for axes, (name, label, some) in zip(places[1:], panels, strict=True):
         for row in some:
-            series = row.curves.get(name, ())
-            if not len(series):
+            series = row.curves.get(name)
+            if series is None or not len(series):
                 continue
             values = series.values.tolist()
             smooth = running_mean(values) if name == "loss" else values
