@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mocosfl import study
-from mocosfl.config import AttackSettings, Config, EvaluationSettings, ModelSettings
+from mocosfl.config import AttackSettings, Config, DataSettings, EvaluationSettings, ModelSettings
 from mocosfl.errors import MocosflError, ReportedElsewhere, SettingError, nearest
 from mocosfl.network.settings import ServeSettings
 from mocosfl.recipes import recipe
@@ -563,8 +563,7 @@ def _models(args: Sequence[str]) -> int:
     flags = list(args)
     name = flags.pop(0) if flags and not flags[0].startswith("-") else None
     given = tyro.cli(ModelsArguments, prog="mocosfl models [NAME]", args=flags)
-    if given.size < 1:
-        raise SettingError(f"size={given.size}: expected a number of pixels")
+    DataSettings(size=given.size)  # raises what training would
     from mocosfl.footprint.backbones import all_cuts, cuts_of
     from mocosfl.reporting.backbones import overview, table
 
