@@ -188,7 +188,7 @@ def test_a_process_that_dies_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -
     assert started.returncode != 0
     assert "another of the run's 2 processes has ended" in errors
     assert "is safe in" in errors
-    resumed = torchrun(4, "-m", "mocosfl", "train", "--resume", str(run))
+    resumed = torchrun(2, "-m", "mocosfl", "train", "--resume", str(run))
     with subprocess.Popen(
         resumed, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as started:

@@ -175,16 +175,20 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
         recipe("zzz")
 
 
-@pytest.mark.parametrize(("number", "pool", "rich"), [(100, 100, 20), (200, 100, 20), (500, 100, 20)])
-def test_rich_and_poor_clients(number: int, pool: int, rich: int) -> None:
-    """A fifth of the clients, with half of the images and four times the batch: all pass over theirs equally often."""
+@pytest.mark.parametrize(
+    ("number", "factor", "rich", "images", "every"),
+    [(100, 16, 20, 400, 12), (200, 4, 100, 250, 20), (500, 16, 100, 400, 12)],
+)
+def test_rich_and_poor_clients(number: int, factor: int, rich: int, images: int, every: int) -> None:
+    """As in the release; all clients pass over their images equally often."""
     config = recipe(f"cifar10-hetero-{number}")
-    assert (config.pool, config.pool_rich, config.rich) == (pool, rich, number // 5)
-    assert sorted(set(config.batches.tolist())) == [1, 4]
-    labels = np.random.default_rng(0).integers(0, 10, 20_000)
+    assert (config.pool, config.pool_rich, config.rich) == (100, 100 * rich // number, rich)
+    assert (config.step_images, config.sync.every) == (images, every)
+    assert sorted(set(config.batches.tolist())) == [1, factor]
+    labels = np.random.default_rng(0).integers(0, 10, 50_000)
     share = config.clients.rich_data_share
     numbers = (number - config.rich, config.rich)
-    held = partition_in_two(config.partition, numbers, share, np.arange(20_000), labels, 10, 0, (1, 4))
+    held = partition_in_two(config.partition, numbers, share, np.arange(50_000), labels, 10, 0, (1, factor))
     passes = held.sizes / np.array([config.batch_of(client) for client in range(number)])
     assert passes.min() > 0.9 * passes.mean()
     assert passes.max() < 1.1 * passes.mean()

@@ -84,8 +84,8 @@ def taressfl_small() -> Config:
 
 CLASSES = {"cifar10": 2, "cifar100": 20, "imagenet12": 2}
 """Classes of a client in the paper's non-IID case, by its data sets."""
-IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "imagenet12": 15_000}
-"""Their training images; of ImageNet-12 about, which only says how often to average."""
+IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "imagenet12": 12_370}
+"""Their training images; of ImageNet-12 those of the authors' copy, which only say how often to average."""
 
 
 def name_of(
@@ -189,31 +189,71 @@ def device_cache() -> Config:
     )
 
 
-def heterogeneous(number: int, rich: float = 0.2, factor: int = 4, data: float = 0.5) -> Config:
+RICH = {100: (0.2, 16, 0.8), 200: (0.5, 4, 0.8), 500: (0.2, 16, 0.8)}
+"""The presets of the authors' release, "A_B|C|D_E", by number of clients: A, C and D."""
+
+
+def heterogeneous(number: int, rich: float, factor: int, data: float) -> Config:
     """`cifar10-noniid-NUMBER` with rich and poor clients, as in "A_B|C|D_E" of the authors' release.
 
-    Its numbers are not known to us. With these all clients pass over their images equally often: a rich one holds
-    data / rich : (1 - data) / (1 - rich) = 4 times as many as a poor one, and uses a batch 4 times as large.
+    Averages are as many in a pass as where all clients are alike: 1,000 / (N * batch).
 
     Args:
         number: N, clients.
         rich: A, the share of the clients that are rich.
         factor: C, how many times larger their batch is.
-        data: D, the share of the images that they hold together.
+        data: D, the share of the images that they hold together. All clients pass over their images equally often
+            where data / rich = factor * (1 - data) / (1 - rich), as it is with the presets (``RICH``).
     """
-    return published("cifar10", number, "noniid").updated(
+    alike = published("cifar10", number, "noniid")
+    poor = round((1 - data) * IMAGES["cifar10"] / ((1 - rich) * number * alike.clients.batch))  # steps of a pass
+    averages = max(1, 1000 // (number * alike.clients.batch))
+    return alike.updated(
         {
             "recipe": f"cifar10-hetero-{number}",
             "clients.rich_share": rich,
             "clients.rich_batch_factor": factor,
             "clients.rich_data_share": data,
             "clients.round": None,  # a pass over a client's images, with the larger batches
+            "sync.every": max(1, poor // averages),
         }
     )
 
 
-ARCHITECTURES = ("resnet34", "resnet50", "resnet101", "resnet152", "vgg11", "vgg13", "mobilenetv2")
-"""Backbones of the paper and its release, beside ResNet-18."""
+ARCHITECTURES: dict[str, dict[str, float]] = {
+    "resnet34": {},
+    "resnet50": {},
+    "resnet101": {},
+    "resnet152": {},
+    "vgg11": {},
+    "vgg13": {"model.cut": 2, "train.lr": 0.02},
+    "mobilenetv2": {"model.cut": 3, "train.lr": 0.03},
+}
+"""Backbones of the paper and its release beside ResNet-18, and with which settings the release runs them: cut after
+its second layer, which is a block of MobileNetV2."""
+
+
+def architecture(backbone: str) -> Config:
+    """`cifar10-noniid-100` with another backbone, which keeps its name whatever the cut."""
+    config = published("cifar10", 100, "noniid", backbone=backbone)
+    return config.updated(ARCHITECTURES[backbone])
+
+
+ABLATIONS: dict[str, dict[str, object]] = {
+    "own-queues": {"contrast.feature_sharing": False},
+    "one-by-one": {"contrast.concatenate": False},
+    "cut3-aligned": {"model.cut": 3, "sync.momentum": True},
+    "mocov3": {"contrast.objective": "mocov3", "model.head": "large"},
+    "byol": {"contrast.objective": "byol", "model.head": "large"},
+    "simclr": {"contrast.objective": "simclr", "contrast.both_views": True},
+}
+"""What is taken away from `cifar10-noniid-100`, or exchanged in it, one thing at a time; by the end of the name."""
+
+
+def ablation(name: str) -> Config:
+    """`cifar10-noniid-100` with one thing changed; see ``ABLATIONS``."""
+    config = published("cifar10", 100, "noniid")
+    return config.updated({"recipe": f"{config.recipe}-{name}"} | ABLATIONS[name])
 
 
 def _of_the_paper() -> dict[str, Callable[[], Config]]:
@@ -227,7 +267,6 @@ def _of_the_paper() -> dict[str, Callable[[], Config]]:
         wanted += [(source, number, "noniid", cut, None, "resnet18") for number in (5, 20) for cut in (1, 3)]
     for cut, numbers in ((1, (5, 20)), (3, (5, 20)), (5, (5,))):  # figures 3 and 5
         wanted += [("cifar10", n, "noniid", cut, averages, "resnet18") for n in numbers for averages in (1, 5, None)]
-    wanted += [("cifar10", 100, "noniid", 1, None, backbone) for backbone in ARCHITECTURES]
     wanted.append(("cifar100", 5, "noniid", 1, None, "resnet50"))  # appendix B.5
     found: dict[str, Callable[[], Config]] = {
         name_of(*arguments): partial(published, *arguments) for arguments in wanted
@@ -235,8 +274,12 @@ def _of_the_paper() -> dict[str, Callable[[], Config]]:
     for cut in (1, 3):  # table 4
         for percent in (0, 0.5, 1):
             found[f"taressfl-cut{cut}" + (f"-target{percent:g}" if percent else "")] = partial(taressfl, cut, percent)
-    for number in (100, 200, 500):
-        found[f"cifar10-hetero-{number}"] = partial(heterogeneous, number)
+    for backbone in ARCHITECTURES:
+        found[name_of("cifar10", 100, "noniid", backbone=backbone)] = partial(architecture, backbone)
+    for name in ABLATIONS:
+        found[f"cifar10-noniid-100-{name}"] = partial(ablation, name)
+    for number, preset in RICH.items():
+        found[f"cifar10-hetero-{number}"] = partial(heterogeneous, number, *preset)
     return found | {"cifar10-device": device, "cifar10-device-cut1": partial(device, 1)}
 
 

@@ -15,7 +15,7 @@ from torch.profiler import record_function
 from mocosfl.clients import Latents
 from mocosfl.compute import autocast, channels_last_pays, compiled, fusible
 from mocosfl.config import Config
-from mocosfl.contrast import Batch, KeyQueue, objective_of, update_momentum
+from mocosfl.contrast import Batch, KeyQueue, objective_of, score, update_momentum
 from mocosfl.data.images import upload
 from mocosfl.distributed import World
 from mocosfl.models.heads import build_predictor
@@ -163,7 +163,7 @@ class Server:
         self, q: Tensor, k: Tensor, negatives: Tensor | None, clients: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Losses and hits of the objective, (W, N), and the mean of the normalised queries, (D,)."""
-        losses, hits = self.objective(Batch(q, k, negatives, clients))
+        losses, hits = score(self.objective, Batch(q, k, negatives, clients), self.config.contrast.objective)
         return losses, hits, F.normalize(q.detach(), dim=2).mean(dim=(0, 1))
 
     def _of_everybody(self, q: Tensor, shares: tuple[int, ...]) -> Tensor:

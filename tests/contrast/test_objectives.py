@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from mocosfl.config import Config, ContrastSettings
-from mocosfl.contrast import Batch, objective_of
+from mocosfl.contrast import Batch, objective_of, score
 from mocosfl.errors import SettingError
 
 T = 0.3
@@ -140,6 +140,36 @@ def test_an_objective_of_the_users_own(tmp_path: Path, monkeypatch: pytest.Monke
     file.write_text("1 / 0")
     with pytest.raises(SettingError, match=r"mine\.py cannot be loaded: ZeroDivisionError"):
         objective_of(ContrastSettings(objective=f"{file}:Far"))
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ("losses.mean(), losses < 1", r"it returned \(\) float64, \(2, 3\) bool; .* \(2, 3\) float and \(2, 3\) bool"),
+        ("losses", r"it returned \(2, 3\) float64; expected are losses and hits"),
+        ("losses, losses", r"it returned \(2, 3\) float64, \(2, 3\) float64; expected"),
+        ("losses, losses < 1, 7", r"float64, \(2, 3\) bool, int; expected"),
+        ("losses, batch.hits", r"mine\.py:Far: AttributeError in its call: 'Batch' object has no attribute 'hits'"),
+    ],
+)
+def test_mistakes_of_the_users_own_are_named(
+    returned: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"{tmp_path}/mine.py:Far"
+    (tmp_path / "mine.py").write_text(OWN.replace("losses, losses < 1", returned))
+    monkeypatch.setenv("MOCOSFL_TRUST_CODE", name)
+    with pytest.raises(SettingError, match=message):
+        score(objective_of(ContrastSettings(objective=name)), batch(3), name)
+
+
+def test_a_queue_needs_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"{tmp_path}/mine.py:Far"
+    (tmp_path / "mine.py").write_text(
+        OWN.replace("    def __call__", "    keys, queue = False, True\n\n    def __call__")
+    )
+    monkeypatch.setenv("MOCOSFL_TRUST_CODE", name)
+    with pytest.raises(SettingError, match=r"mine\.py:Far: a queue is made of keys; queue=True needs keys=True"):
+        objective_of(ContrastSettings(objective=name, both_views=True))
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def counted_recipes() -> list[str]:
 @pytest.mark.parametrize("name", counted_recipes())
 def test_bytes_of_recipes(name: str) -> None:
     config = recipe(name)
-    plan = Plan.of(config, 15_000 if config.data.source == "imagenet12" else None)
+    plan = Plan.of(config, 12_370 if config.data.source == "imagenet12" else None)
     found = traffic.of_client(plan)
     assert way(found.run, UP) <= found.messages[0] <= found.socket[0] < 1.1 * way(found.run, UP)
 

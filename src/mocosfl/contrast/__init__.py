@@ -2,7 +2,7 @@
 
 from mocosfl.contrast.infonce import infonce
 from mocosfl.contrast.momentum import update_momentum
-from mocosfl.contrast.objectives import OBJECTIVES, Batch, Objective, objective_of
+from mocosfl.contrast.objectives import OBJECTIVES, Batch, Objective, objective_of, score
 from mocosfl.contrast.queue import KeyQueue
 
-__all__ = ["OBJECTIVES", "Batch", "KeyQueue", "Objective", "infonce", "objective_of", "update_momentum"]
+__all__ = ["OBJECTIVES", "Batch", "KeyQueue", "Objective", "infonce", "objective_of", "score", "update_momentum"]

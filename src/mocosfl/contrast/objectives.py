@@ -154,9 +154,47 @@ def objective_of(settings: ContrastSettings) -> Objective:
     if settings.objective in OBJECTIVES:
         return OBJECTIVES[settings.objective](settings)
     found = _from_file(settings.objective)
+    what = f"contrast.objective={settings.objective}"
     if not found.keys and not settings.both_views:
-        raise SettingError(f"contrast.objective={settings.objective}: without keys it needs contrast.both_views=True")
+        raise SettingError(f"{what}: without keys it needs contrast.both_views=True")
+    if not found.keys and found.queue:
+        raise SettingError(f"{what}: a queue is made of keys; queue=True needs keys=True")
     return found(settings)
+
+
+def score(objective: Objective, batch: Batch, name: str) -> tuple[Tensor, Tensor]:
+    """Losses and hits of an objective; see ``Objective.__call__``.
+
+    Args:
+        objective: one of those here, or the user's, which is held to what it must return.
+        batch: the outputs of one step.
+        name: the objective's, as ``contrast.objective`` has it.
+
+    Raises:
+        SettingError: the user's objective fails, or returns something else.
+    """
+    if name in OBJECTIVES:
+        return objective(batch)
+    try:
+        made = objective(batch)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the user's class raises
+        raise SettingError(f"contrast.objective={name}: {type(error).__name__} in its call: {error}") from error
+    wanted = tuple(batch.queries.shape[:2])
+    match made:
+        case (Tensor() as losses, Tensor() as hits) if losses.shape == hits.shape == wanted:
+            if losses.is_floating_point() and hits.dtype == torch.bool:
+                return losses, hits
+    found = made if isinstance(made, tuple | list) else [made]
+    shown = ", ".join(
+        f"{tuple(one.shape)} {one.dtype}".replace("torch.", "") if isinstance(one, Tensor) else type(one).__name__
+        for one in found
+    )
+    raise SettingError(
+        f"contrast.objective={name}: it returned {shown}; expected are losses and hits of every query, "
+        f"{wanted} float and {wanted} bool"
+    )
 
 
 def _from_file(text: str) -> type[Objective]:

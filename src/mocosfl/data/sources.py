@@ -42,21 +42,21 @@ LABELLED_TESTS = {"ILSVRC/imagenet-1k": "validation"}
 """Split to test on of the data sets whose split ``test`` has no labels."""
 
 IMAGENET12 = {
-    "n01440764": "tench",
-    "n02102040": "English springer",
-    "n02123045": "tabby",
-    "n02979186": "cassette player",
-    "n03000684": "chain saw",
-    "n03028079": "church",
-    "n03394916": "French horn",
-    "n03417042": "garbage truck",
-    "n03425413": "gas pump",
-    "n03445777": "golf ball",
-    "n03888257": "parachute",
-    "n04146614": "school bus",
+    "n01443537": "goldfish",
+    "n02099601": "golden retriever",
+    "n02123597": "Siamese cat",
+    "n02870880": "bookcase",
+    "n02917067": "bullet train",
+    "n03220513": "dome",
+    "n03594945": "jeep",
+    "n03954731": "plane",
+    "n04037443": "racer",
+    "n04069434": "reflex camera",
+    "n04350905": "suit",
+    "n04398044": "teapot",
 }
-"""Twelve classes of ImageNet, by WordNet id. MocoSFL's are those of Li et al. (Anti-backdoor learning, NeurIPS 2021),
-who published an archive and no list; so these are ours: fastai's Imagenette, tabby and school bus."""
+"""MocoSFL's twelve classes of ImageNet, by WordNet id: those of the images that the authors' release downloads
+(github.com/zlijingtao/imagnet-12)."""
 
 # "test" and "imgs": they keep these draws apart from each other and from all others of the same seed.
 _TEST_STREAM, _IMAGES_STREAM = 0x74657374, 0x696D6773
