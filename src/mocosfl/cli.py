@@ -89,8 +89,8 @@ class EvaluateArguments:
     size: int | None = None
     """Height and width of its images in pixels."""
     mean: tuple[float, ...] = ()
-    """Mean of each channel that it was trained with, for pixels in [0, 1]: 0.485 0.456 0.406 of ImageNet. Unset: that in
-    the file, if it is of a whole Encoder of this package."""
+    """Mean of each channel that it was trained with, for pixels in [0, 1]: 0.485 0.456 0.406 of ImageNet. Unset: that
+    in the file, if it is of a whole Encoder of this package."""
     std: tuple[float, ...] = ()
     """Standard deviation of each channel: 0.229 0.224 0.225 of ImageNet."""
     stem: Literal["32", "64", "224"] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -97,7 +97,7 @@ LAYOUTS: dict[str, tuple[Layout, Layout]] = {
 
 def kind_of(arch: str) -> str:
     """The key of ``LAYOUTS`` for a backbone."""
-    kinds = {"resnet": BLOCKS, "vgg": CONVOLUTIONS, "vit": HEADS}
+    kinds: dict[str, Container[str]] = {"resnet": BLOCKS, "vgg": CONVOLUTIONS, "vit": HEADS}
     return next((kind for kind, names in kinds.items() if arch in names), "mobilenet")
 
 
