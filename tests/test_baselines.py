@@ -17,8 +17,6 @@ from mocosfl.config import Config
 from mocosfl.contrast import Batch, objective_of
 from mocosfl.data.augment import augment, normalise, policy_of
 from mocosfl.encoder import Encoder
-from mocosfl.errors import SettingError
-from mocosfl.footprint.plan import Plan
 from mocosfl.trainer import Callback, Trainer
 from mocosfl_device.augment import AugmentParameters
 
@@ -124,8 +122,3 @@ def test_recipes_average_after_local_epochs(method: str) -> None:
     config = baseline(method, "cifar10", 5)
     assert (config.clients.batch, config.sync.every) == (128, 5 * 77)  # 9,800 images a client
     assert baseline(method, "cifar100", 100, "iid").sync.every == 5 * 4
-
-
-def test_costs_are_those_of_clients_that_hold_a_half() -> None:
-    with pytest.raises(SettingError, match=r"clients\.holds=network: costs are known of clients that hold half"):
-        Plan.of(baseline("flbyol", "cifar10", 5))

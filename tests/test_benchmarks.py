@@ -28,6 +28,7 @@ COMMANDS = {
     "step": ["--recipe", "digits", "--steps", "2", "--set", *TINY],
     "epoch": ["--recipes", "digits", "--steps", "2", "--set", *TINY],
     "device": ["--steps", "3", "--kinds", "numpy", "--cases", "learning, cut 1"],
+    "whole": ["--width", "4", "--size", "8", "--cases", "2x2"],
     "scaling": ["--recipe", "digits", "--steps", "2", "--ranks", "1", "2", "--set", *TINY],
 }
 

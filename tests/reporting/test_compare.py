@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from mocosfl.baselines import method_settings
 from mocosfl.cli import main
 from mocosfl.config import Config
 from mocosfl.errors import RunError, SettingError
@@ -66,6 +67,16 @@ def test_figures_are_those_of_the_files(runs: Path) -> None:
     assert (found["half"].figures["images"], found["half"].figures["seconds"]) == (80, 60)
     assert found["broken"].state == "failed: error: no [luck]"
     assert (found["early"].state, found["early"].settings) == ("failed: error: no data", {})
+
+
+def test_bytes_of_whole_networks_stand_beside_those_of_halves(tmp_path: Path) -> None:
+    hand_made(tmp_path / "mocosfl", 50.0)
+    hand_made(tmp_path / "fedema", 45.0, **{"clients.batch": 4} | method_settings("fedema"))
+    lines = list(csv.DictReader(io.StringIO(compare.as_csv(compare.rows([tmp_path])))))
+    bytes_ = {line["run"]: float(line["bytes"]) for line in lines}
+    config = Config().updated(TINY | {"train.epochs": 0.5, "clients.batch": 4} | method_settings("fedema"))
+    average = of_client(Plan.of(config, 320)).average
+    assert bytes_["fedema"] == 2 * average["halves up"] > bytes_["mocosfl"]  # 10 steps, and one average at the end
 
 
 def test_only_settings_that_differ_are_told(runs: Path) -> None:

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mocosfl.contrast import Batch, objective_of
+from mocosfl.footprint.held import held
 from mocosfl.footprint.plan import Plan
 from mocosfl.models import build, build_head
+from mocosfl.models.heads import WholeNetwork
 
 IMAGES = 2
 """BatchNorm needs more than one."""
@@ -47,21 +50,44 @@ def passes(network: nn.Module, inputs: Tensor, learns_input: bool) -> tuple[floa
     return forward / len(inputs), (both - forward) / len(inputs)
 
 
-def of_client(plan: Plan) -> dict[str, float]:
+def of_client(plan: Plan, rich: bool = False) -> dict[str, float]:
     """Multiply-adds of a client for an image: ``forward``, ``backward`` and ``momentum``, the key's forward pass.
 
-    Those of a frozen client are forward passes of one and the same half.
+    Those of a frozen client are forward passes of one and the same half. A client that holds the whole network also
+    has a ``contrast``, its loss with its way back; its ``momentum`` is that of the target network.
     """
     config = plan.config
-    model = build(config.model, config.data.channels, plan.size, config.seed)
     views = torch.empty(IMAGES, config.data.channels, plan.size, plan.size, device="meta")
-    forward, backward = passes(weightless(model.client), views, learns_input=False)
+    network = weightless(held(plan))
+    forward, backward = passes(network, views, learns_input=False)
     ways = 2 if config.contrast.both_views else 1
-    return {
+    macs = {
         "forward": ways * forward,
         "backward": 0.0 if config.clients.frozen else ways * backward,
         "momentum": ways * forward,
     }
+    if not isinstance(network, WholeNetwork):
+        return macs
+    target = counted(lambda: network.target(views)) / IMAGES if objective_of(config.contrast).keys else 0.0
+    width = network(views).shape[1]
+    return macs | {"momentum": ways * target, "contrast": _contrast(plan, ways, plan.batch(rich), width)}
+
+
+def _contrast(plan: Plan, ways: int, images: int, width: int) -> float:
+    """Multiply-adds for an image of a client's own loss over a step's images, with its way back."""
+    contrast = plan.config.contrast
+    objective = objective_of(contrast)
+    queries, keys, queue = (
+        torch.zeros(*shape, width, device="meta")
+        for shape in (
+            (ways, images),
+            (ways if objective.keys else 0, images),
+            (contrast.queue // plan.config.clients.number,),
+        )
+    )
+    clients = torch.zeros(images, dtype=torch.int64, device="meta")
+    batch = Batch(queries.requires_grad_(), keys, queue if objective.queue else None, clients)
+    return counted(lambda: objective(batch)[0].sum().backward()) / images
 
 
 def of_server(plan: Plan) -> dict[str, float]:

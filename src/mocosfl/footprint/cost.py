@@ -9,6 +9,7 @@ from mocosfl.config import Config
 from mocosfl.footprint import arithmetic, memory, published, traffic
 from mocosfl.footprint.devices import Device
 from mocosfl.footprint.fl_byol import EPOCHS, EPOCHS_A_ROUND, FLBYOL
+from mocosfl.footprint.held import held
 from mocosfl.footprint.plan import Plan
 from mocosfl.footprint.published import PAPER, Published
 from mocosfl.footprint.traffic import KINDS, Bytes
@@ -28,7 +29,7 @@ class Cost:
         steps: in which it takes part; a mean where pools are sampled.
         averages: synchronisations in which it takes part, likewise.
         parameters: on it, of one copy.
-        macs: multiply-adds for an image: forward, backward and momentum.
+        macs: multiply-adds for an image: forward, backward and momentum; and contrast, where the loss is its own.
         macs_of_run: of the whole run.
         memory: peak bytes of tensors with PyTorch, at its batch.
         memory_in_numpy: peak bytes of arrays with ``mocosfl_device.engine``; None where that cannot compute the half.
@@ -94,7 +95,7 @@ class Comparison:
         title: what they are of.
         device: that clients run on.
         columns: beside each other.
-        server: of the first one; None where several recipes are compared.
+        server: of the first one; None where several recipes are compared, or all that it does is to average.
         notes: what each figure is.
     """
 
@@ -122,7 +123,8 @@ def of_recipe(config: Config, device: Device, images: int | None = None) -> Comp
         DataError: the folder cannot be used.
     """
     plan = Plan.of(config, images)
-    scheme = published.scheme_of(plan)
+    whole = config.clients.holds == "network"
+    scheme = None if whole else published.scheme_of(plan)
     kinds = [False, True] if config.rich else [False]
     columns = [_of_client(plan, device, config.recipe or "this recipe", rich, scheme) for rich in kinds]
     columns.append(_of_fl(plan, device, plan.each, "FL-BYOL, as many images"))
@@ -131,7 +133,8 @@ def of_recipe(config: Config, device: Device, images: int | None = None) -> Comp
         f"{config.recipe or 'recipe'}: {config.clients.number:,} clients, {plan.images:,} images, "
         f"{plan.steps:,} steps of {config.step_images:,}"
     )
-    return Comparison(title, device, columns, of_server(plan), _notes(plan, device, columns))
+    server = None if whole else of_server(plan)
+    return Comparison(title, device, columns, server, _notes(plan, device, columns))
 
 
 def of_paper(device: Device) -> Comparison:
@@ -146,10 +149,11 @@ def of_paper(device: Device) -> Comparison:
 
 def _of_client(plan: Plan, device: Device, name: str, rich: bool, scheme: str | None) -> Cost:
     config = plan.config
-    model = build(config.model, config.data.channels, plan.size, config.seed)
-    macs, bytes_ = arithmetic.of_client(plan), traffic.of_client(plan, rich)
+    macs, bytes_ = arithmetic.of_client(plan, rich), traffic.of_client(plan, rich)
     steps, batch = plan.client_steps(rich), plan.batch(rich)
-    peak, array_peak = memory.of_client(plan, rich), memory.of_client_in_numpy(plan, rich)
+    peak = memory.of_client(plan, rich)
+    array_peak = memory.of_client_in_numpy(plan, rich) if config.clients.holds == "half" else None
+    across = sum(bytes_.run.values()) if bytes_.socket is None else sum(bytes_.socket)
     return Cost(
         name=f"{name}, rich client" if rich else name,
         images=plan.each,
@@ -157,7 +161,7 @@ def _of_client(plan: Plan, device: Device, name: str, rich: bool, scheme: str | 
         batch=batch,
         steps=steps,
         averages=plan.averages * plan.active(rich) / plan.number(rich),
-        parameters=sum(p.numel() for p in model.client.parameters()),
+        parameters=sum(p.numel() for p in held(plan).parameters()),
         macs=macs,
         memory=peak,
         memory_in_numpy=array_peak,
@@ -167,7 +171,7 @@ def _of_client(plan: Plan, device: Device, name: str, rich: bool, scheme: str | 
         run=bytes_.run,
         messages=bytes_.messages,
         socket=bytes_.socket,
-        **_spent(device, steps * batch * sum(macs.values()), sum(bytes_.socket), peak),
+        **_spent(device, steps * batch * sum(macs.values()), across, peak),
         as_published=published.as_published(plan) if scheme else None,
         paper=PAPER[scheme] if scheme else None,
     )
@@ -246,8 +250,9 @@ def _notes(plan: Plan, device: Device, columns: list[Cost]) -> list[str]:
         "views through online and target network; online network and predictor travel both ways.",
     ]
     optional: list[tuple[bool, str]] = [
+        (config.clients.holds == "network", WHOLE_NOTE),
         (
-            any(column.memory_in_numpy is None for column in columns[:1]),
+            config.clients.holds == "half" and any(column.memory_in_numpy is None for column in columns[:1]),
             "No figure for memory in numpy: mocosfl-client cannot compute this half (BatchNorm, a defence with a "
             "loss), or a step takes more than 10 G multiply-adds.",
         ),
@@ -267,6 +272,13 @@ def _notes(plan: Plan, device: Device, columns: list[Cost]) -> list[str]:
     ]
     return notes + [note for applies, note in optional if applies]
 
+
+WHOLE_NOTE = (
+    "clients.holds=network: forward and backward passes are of the online network with head and predictor, momentum is "
+    "the target network's forward pass, contrast the client's own loss. At an average all weights and statistics of "
+    "the online network travel both ways, those of the target network too with sync.momentum, and nothing else: such "
+    "clients are only simulated, so nothing is said of messages and sockets. The server does no more than average."
+)
 
 PAPER_NOTE = (
     "The paper's figures are ours when counted as it did (rows 'as the paper counts'). They are lower because keys and "

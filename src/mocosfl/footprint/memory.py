@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mocosfl.baselines import held_by_clients
 from mocosfl.clients import FrozenCohort, Latents, LocalCohort
 from mocosfl.config import CacheSettings, Config, TrafficSettings
 from mocosfl.data.images import ImageSet
@@ -90,6 +91,8 @@ class _Rounded(TorchFunctionMode):
 def of_client(plan: Plan, rich: bool = False) -> int:
     """Peak bytes of the tensors of a client with PyTorch: views, both halves, gradients, SGD momentum.
 
+    Of one that holds the whole network: online and target network in place of the halves, and its own queue.
+
     Args:
         plan: the run.
         rich: of a rich client.
@@ -129,14 +132,26 @@ def client_step(plan: Plan, rich: bool, device: torch.device) -> tuple[Callable[
     if config.clients.frozen:
         frozen = FrozenCohort(model.client, *facts)
         return (lambda: _discard(frozen.forward())), _state(frozen.half)
-    cohort = LocalCohort(model.client, *facts)
+    head = build_head(config.model.head, model.features, config.seed)
+    own, others = held_by_clients(config, model.client, model.server, head)
+    cohort = LocalCohort(own, *facts)
+    halves = [side.weights | side.statistics for side in (cohort.online, cohort.momentum)]
+    kept = [tensor for stack in (*halves, cohort.velocity) for tensor in stack.values()]
 
     def step() -> None:
         query = cohort.forward().query  # the keys are sent, and gone
         cohort.backward(torch.zeros_like(query), 0.1)
 
-    halves = [side.weights | side.statistics for side in (cohort.online, cohort.momentum)]
-    return step, [tensor for stack in (*halves, cohort.velocity) for tensor in stack.values()]
+    if config.clients.holds == "half":
+        return step, kept
+    loss = Server(*others, config, WIDTHS[config.model.head], device)
+
+    def whole_step() -> None:
+        gradients, _ = loss.step(cohort.forward(), 0.1)
+        assert gradients is not None
+        cohort.backward(gradients, 0.1)
+
+    return whole_step, [*kept, *_state(loss.queue)]
 
 
 def server_step(plan: Plan, device: torch.device) -> tuple[Callable[[], None], list[Tensor]]:
@@ -223,6 +238,7 @@ def _peak(config: Config, step: Callable[[], None], kept: Iterable[Tensor]) -> i
 
 def _alone(plan: Plan, rich: bool) -> Config:
     """The configuration of a cohort of one client."""
+    rings = 1 if plan.config.contrast.feature_sharing else plan.config.clients.number
     return plan.config.updated(
         {
             "clients.number": 1,
@@ -232,6 +248,8 @@ def _alone(plan: Plan, rich: bool) -> Config:
             "clients.rich_batch_factor": 1,
             "pretrain.spare_client": 0,
             "sync.every": 0,
+            "sync.own": "none",
+            "contrast.queue": plan.config.contrast.queue // rings,
             "train.compile": "off",
             "traffic": TrafficSettings().model_dump(),
             "cache": CacheSettings().model_dump(),

@@ -51,11 +51,6 @@ class Plan:
             SettingError: number or size of the images is not known.
             DataError: the folder cannot be used.
         """
-        if config.clients.holds == "network":
-            raise SettingError(
-                "clients.holds=network: costs are known of clients that hold half of the network; beside them stand "
-                "those of FL-BYOL, whose clients hold all of it"
-            )
         source = config.data.source
         known, pixels = KNOWN.get(source, (None, 8 if source == "digits" else None))
         size = config.data.size or pixels

@@ -4,6 +4,9 @@ Tensors are counted exactly, by the codecs' own sizes; compressed ones (``traffi
 compression, and what they are after it depends on the numbers. Messages are tensors with their names and shapes in
 protobuf, and gRPC's frame of 5 bytes. What TLS and HTTP/2 add is estimated: 9 bytes a frame and 22 a record, of
 16 KiB each. Greetings, heartbeats and the headers of TCP and IP are not counted.
+
+Clients that hold the whole network (``clients.holds=network``) are only simulated. Counted is what their methods
+exchange: the weights at every average, as a state dict.
 """
 
 from __future__ import annotations
@@ -15,8 +18,11 @@ import numpy as np
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 
+from mocosfl.contrast import objective_of
+from mocosfl.footprint.held import held
 from mocosfl.footprint.plan import Plan
 from mocosfl.models import build
+from mocosfl.models.heads import WholeNetwork
 from mocosfl_device.protocol_pb2 import ClientMessage, Collect, Draw, Gradients, Latents, Order, ServerMessage
 from mocosfl_device.wire import Coder, pack_weights
 
@@ -41,7 +47,7 @@ class Traffic:
         start: those that a client receives when it first takes part.
         epoch: in an epoch in which every step asks for latents.
         run: of the whole run; a mean over all clients where pools are sampled.
-        messages: up and down, with protobuf and gRPC: of the run.
+        messages: up and down, with protobuf and gRPC: of the run. None of clients that are only simulated.
         socket: the same with HTTP/2 and TLS, estimated.
     """
 
@@ -50,8 +56,8 @@ class Traffic:
     start: Bytes
     epoch: Bytes
     run: Bytes
-    messages: tuple[float, float]
-    socket: tuple[float, float]
+    messages: tuple[float, float] | None
+    socket: tuple[float, float] | None
 
 
 def way(amounts: Bytes, kinds: tuple[str, ...]) -> float:
@@ -62,6 +68,8 @@ def way(amounts: Bytes, kinds: tuple[str, ...]) -> float:
 def of_client(plan: Plan, rich: bool = False) -> Traffic:
     """What passes between a client of a kind and the server, over the network (``mocosfl serve``)."""
     config = plan.config
+    if config.clients.holds == "network":
+        return _of_whole(plan, rich)
     model = build(config.model, config.data.channels, plan.size, config.seed)
     state = {name: tensor.numpy() for name, tensor in model.client.state_dict().items()}
     half = sum(array.nbytes for array in state.values())
@@ -103,6 +111,29 @@ def of_client(plan: Plan, rich: bool = False) -> Traffic:
     up, down = (sum(count * size for count, size in sizes) for sizes in ways)
     socket_up, socket_down = (sum(count * _framed(size) for count, size in sizes) for sizes in ways)
     return Traffic(step, average, start, epoch, run, (up, down), (socket_up, socket_down))
+
+
+def _of_whole(plan: Plan, rich: bool) -> Traffic:
+    """The same where a client holds the whole network.
+
+    At an average an active client sends the weights and statistics of its online network with head and predictor, and
+    is handed as many. With ``sync.momentum`` those of its target network travel too, if there is one; else it never
+    does, as it starts as a copy of the online one. What clients keep of their own (``sync.own``) changes nothing: each
+    needs the average to tell how far it is from it.
+    """
+    config, network = plan.config, held(plan)
+    assert isinstance(network, WholeNetwork)
+    targets = config.sync.momentum and objective_of(config.contrast).keys
+    parts = [network, network.target] if targets else [network]
+    weights = float(sum(tensor.nbytes for part in parts for tensor in part.state_dict().values()))
+    none = dict.fromkeys(KINDS, 0.0)
+    average = none | {"halves up": weights, "halves down": weights}
+    # As many are handed out as are collected: what a client starts from in place of the average at the end.
+    averages = plan.averages * plan.active(rich) / plan.number(rich)
+    run = {kind: averages * amount for kind, amount in average.items()}
+    epoch = {kind: amount / config.train.epochs for kind, amount in run.items()}
+    start = none | {"halves down": weights}
+    return Traffic(none, average, start, epoch, run, None, None)
 
 
 Counts = tuple[float, float, float, float]

@@ -53,7 +53,7 @@ def _sections(comparison: Comparison) -> list[list[Row]]:
     ]
     arithmetic: list[Row] = [
         ("parameters", lambda c: f"{c.parameters:,}"),
-        *((f"multiply-adds an image, {name}", _macs(name)) for name in ("forward", "backward", "momentum")),
+        *((f"multiply-adds an image, {name}", _macs(name)) for name in ("forward", "backward", "momentum", "contrast")),
         ("multiply-adds of the run", lambda c: amount(c.macs_of_run)),
     ]
     memory: list[Row] = [
@@ -111,7 +111,7 @@ def _of(figures: Callable[[Cost], Published | None], name: str, unit: str) -> Ca
 
 
 def _macs(name: str) -> Callable[[Cost], str]:
-    return lambda cost: amount(cost.macs[name])
+    return lambda cost: amount(cost.macs[name]) if name in cost.macs else ""
 
 
 def _kind(kind: str) -> Callable[[Cost], str]:
