@@ -14,7 +14,7 @@ from mocosfl.config import ModelSettings
 from mocosfl.encoder import Encoder
 from mocosfl.errors import RunError, SettingError
 from mocosfl.exporting.torchvision import by_their_names, torchvision_weights
-from mocosfl.foreign import load_resnet, open_encoder
+from mocosfl.foreign import load_weights, open_encoder
 
 sys.path.insert(0, str(Path(__file__).parent / "exporting"))
 from shaken import shaken
@@ -47,7 +47,7 @@ def test_an_export_for_torchvision_comes_back(
         if client_norm == server_norm == "batch":  # as plain BatchNorm it is anybody's ResNet
             (tmp_path / "torchvision.json").unlink()
             told = {"mean": facts["mean"], "std": facts["std"]}
-            again = load_resnet(tmp_path / "torchvision.safetensors", backbone, size, **told)
+            again = load_weights(tmp_path / "torchvision.safetensors", backbone, size, **told)
             assert torch.equal(again(images), expected)
             assert not again.training
 
@@ -80,11 +80,11 @@ def test_prefixes_and_what_lies_beside_the_network(plain: tuple[Encoder, dict[st
     }
     for name, content in forms.items():
         torch.save(content, tmp_path / name)
-        found = load_resnet(tmp_path / name, "resnet18", 8, **HALF)
+        found = load_weights(tmp_path / name, "resnet18", 8, **HALF)
         assert torch.equal(found(images), encoder(images)), name
         assert (found.size, found.channels, found.settings.width) == (8, 1, 4)
     save_file({f"module.{name}": w.contiguous() for name, w in weights.items()}, tmp_path / "w.safetensors")
-    assert torch.equal(load_resnet(tmp_path / "w.safetensors", "resnet18", 8, **HALF)(images), encoder(images))
+    assert torch.equal(load_weights(tmp_path / "w.safetensors", "resnet18", 8, **HALF)(images), encoder(images))
 
 
 def test_of_two_networks_the_prefix_chooses(plain: tuple[Encoder, dict[str, Tensor]], tmp_path: Path) -> None:
@@ -94,23 +94,31 @@ def test_of_two_networks_the_prefix_chooses(plain: tuple[Encoder, dict[str, Tens
     torch.save({"state_dict": both}, tmp_path / "moco.pth")
     with pytest.raises(
         SettingError,
-        match=r"prefix=unset: .* several ResNets; choose one of state_dict\.module\.encoder_q\., state_dict\.mod",
+        match=r"prefix=unset: .* several networks; choose one of state_dict\.module\.encoder_q\., state_dict\.mod",
     ):
-        load_resnet(tmp_path / "moco.pth", "resnet18", 8, **HALF)
+        load_weights(tmp_path / "moco.pth", "resnet18", 8, **HALF)
     images = torch.rand(3, 1, 8, 8)
     for prefix in ("module.encoder_q.", "state_dict.module.encoder_q."):
-        found = load_resnet(tmp_path / "moco.pth", "resnet18", 8, **HALF, prefix=prefix)
+        found = load_weights(tmp_path / "moco.pth", "resnet18", 8, **HALF, prefix=prefix)
         assert torch.equal(found(images), encoder(images))
     with pytest.raises(SettingError, match=r"prefix=encoder\.: .* has state_dict\.module\.encoder_q\., state_dict"):
-        load_resnet(tmp_path / "moco.pth", "resnet18", 8, **HALF, prefix="encoder.")
+        load_weights(tmp_path / "moco.pth", "resnet18", 8, **HALF, prefix="encoder.")
 
 
 @pytest.mark.parametrize(
     ("change", "told", "message"),
     [
-        ({"bn1.weight": None}, {}, r"does not fit resnet18 with stem 32: missing are bn1\.weight$"),
-        ({"conv9.weight": torch.zeros(1)}, {}, r"unexpected are conv9\.weight$"),
-        ({"layer5.bias": torch.zeros(1), "bn1.bias": None}, {}, r"missing are bn1\.bias; unexpected are layer5\.bias$"),
+        (
+            {"bn1.weight": None},
+            {},
+            r"does not fit resnet18 for 8 pixels with stem 32: missing are bn1\.weight; accepted are ResNets as",
+        ),
+        ({"conv9.weight": torch.zeros(1)}, {}, r"unexpected are conv9\.weight; accepted"),
+        (
+            {"layer5.bias": torch.zeros(1), "bn1.bias": None},
+            {},
+            r"missing are bn1\.bias; unexpected are layer5\.bias; accepted",
+        ),
         ({"bn1.bias": torch.zeros(3)}, {}, r"of other shapes are bn1\.bias has \(3,\), not \(4,\)"),
         ({}, {"arch": "resnet34"}, r"missing are layer1\.2\.conv1\.weight.* and \d+ more"),
         ({}, {"stem": "224"}, r"stem 224: of other shapes are conv1\.weight has \(4, 1, 3, 3\), not \(4, 1, 7, 7\)"),
@@ -127,7 +135,7 @@ def test_of_two_networks_the_prefix_chooses(plain: tuple[Encoder, dict[str, Tens
         ({}, {"mean": (float("nan"),)}, r"mean=nan: "),
         ({"conv1.weight": torch.zeros(4, 5, 3, 3)}, {}, r"takes images of 5 channels; accepted are 1 and 3"),
         ({"conv1.weight": torch.zeros(6, 1, 3, 3)}, {}, r"model\.width=6: "),
-        ({"conv1.weight": None}, {}, r"holds no ResNet with weights conv1\.weight, .*; it holds bn1\.weight, "),
+        ({"conv1.weight": None}, {}, r"holds no resnet18 with weights conv1\.weight, .*; it holds bn1\.weight, "),
     ],
 )
 def test_what_does_not_fit_is_named(
@@ -136,7 +144,7 @@ def test_what_does_not_fit_is_named(
     weights = {name: w for name, w in (plain[1] | change).items() if w is not None}
     torch.save(weights, tmp_path / "w.pth")
     with pytest.raises(SettingError, match=message):
-        load_resnet(tmp_path / "w.pth", **{"arch": "resnet18", "size": 8} | HALF | told)
+        load_weights(tmp_path / "w.pth", **{"arch": "resnet18", "size": 8} | HALF | told)
 
 
 class Malicious:
@@ -162,12 +170,12 @@ def test_files_that_cannot_be_read(
         "nan.pth": r"not all numbers are finite in bn1\.bias",
     }.items():
         with pytest.raises(RunError, match=message):
-            load_resnet(name, "resnet18", 8, **HALF)
+            load_weights(name, "resnet18", 8, **HALF)
     assert not Path("owned").exists()
     Path("torchvision.json").write_text("{}")
     save_file(plain[1], "torchvision.safetensors")
     with pytest.raises(RunError, match=r"torchvision\.json cannot be read"):
-        load_resnet("torchvision.safetensors")
+        load_weights("torchvision.safetensors")
 
 
 def test_what_says_itself_what_it_is_takes_no_arch(tmp_path: Path) -> None:

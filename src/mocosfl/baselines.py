@@ -106,13 +106,16 @@ def baseline(method: str, source: str, number: int, kind: str = "noniid") -> Con
             kind="iid" if kind == "iid" else "classes", classes_per_client=2 if source == "cifar10" else 20
         ),
         model=ModelSettings(client_norm="batch", server_norm="batch", head="large"),
-        contrast=ContrastSettings(queue=4096 * number, predictor=4096),
+        contrast=ContrastSettings(queue=4096 * number),
         clients=ClientSettings(number=number, batch=batch),
         sync=SyncSettings(every=LOCAL_EPOCHS * max(1, round(images / batch))),
         train=TrainSettings(epochs=200, lr=0.032, log_every=50, checkpoint_every=500),
         evaluation=EvaluationSettings(every=5),
     )
-    return config.updated(method_settings(method))
+    settings = method_settings(method)
+    if settings["contrast.objective"] == "byol":
+        settings["contrast.predictor"] = 4096
+    return config.updated(settings)
 
 
 def central(source: str) -> Config:

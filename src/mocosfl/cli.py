@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mocosfl import study
-from mocosfl.config import AttackSettings, Config, EvaluationSettings, ModelSettings
+from mocosfl.config import AttackSettings, Config, DataSettings, EvaluationSettings, ModelSettings
 from mocosfl.errors import MocosflError, ReportedElsewhere, SettingError, nearest
 from mocosfl.network.settings import ServeSettings
 from mocosfl.recipes import recipe
@@ -65,8 +65,8 @@ class EvaluateArguments:
     asked for. Figures of a run go to evaluation.json in its folder. Nothing is chosen on test images."""
 
     run: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="RUN|FOLDER|FILE")]] = None
-    """A run folder; a folder that `mocosfl export` has written; or a file of weights: of one of those, or a ResNet of
-    others (.safetensors, .pt or .pth, named as in torchvision and timm), with --arch, --size, --mean and --std."""
+    """A run folder; a folder that `mocosfl export` has written; or a file of weights: of one of those, or of
+    others (.safetensors, .pt or .pth, named as in torchvision, timm or here), with --arch, --size, --mean and --std."""
     data: str | None = None
     """Other labelled images, or those for an encoder without a run, as --data.source of training: cifar100, a folder
     and so on. They are brought to the encoder's size and channels. Unset: those of the run."""
@@ -85,18 +85,19 @@ class EvaluateArguments:
     """Of probe, labelled images, fine-tuning and views. Unset: the run's, or 0. Without a run folder it is needed where
     --data has no test split: the seed of the run that the encoder is of, so that the same images are set aside."""
     arch: str | None = None
-    """Of a ResNet of others: resnet18, resnet34, resnet50 and so on."""
+    """Of weights of others: resnet18, vgg11, mobilenetv2, vit_tiny and so on, as model.backbone."""
     size: int | None = None
     """Height and width of its images in pixels."""
     mean: tuple[float, ...] = ()
-    """Mean of each channel that it was trained with, for pixels in [0, 1]: 0.485 0.456 0.406 of ImageNet."""
+    """Mean of each channel that it was trained with, for pixels in [0, 1]: 0.485 0.456 0.406 of ImageNet. Unset: that
+    in the file, if it is of a whole Encoder of this package."""
     std: tuple[float, ...] = ()
     """Standard deviation of each channel: 0.229 0.224 0.225 of ImageNet."""
     stem: Literal["32", "64", "224"] | None = None
-    """How it begins: 224 is 7x7 stride 2 and max-pool, 64 is 3x3 stride 2, 32 is 3x3 stride 1. Unset: 224 or 32, by
-    its first convolution."""
+    """How it begins, as model.stem. Unset: of a ResNet 224 or 32, by its first convolution; of a MobileNetV2 224; of a
+    vision transformer by its patches; with names of this package by the size of the images."""
     prefix: str | None = None
-    """Of its names in the file, such as module.encoder_q. with the dot. Unset: found, if there is but one ResNet."""
+    """Of its names in the file, such as module.encoder_q. with the dot. Unset: found, if there is but one network."""
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto."""
@@ -362,9 +363,9 @@ def _evaluate(args: Sequence[str]) -> int:
 
     if (given.run / "config.yaml").is_file():  # its settings are those that the flags change
         given = parsed(default=EvaluateArguments(evaluation=Run.open(given.run).config.evaluation))
-    of_resnet = {name: getattr(given, name) for name in ("arch", "size", "mean", "std", "stem", "prefix")}
+    of_weights = {name: getattr(given, name) for name in ("arch", "size", "mean", "std", "stem", "prefix")}
     figures = evaluate(
-        open_encoder(given.run, **of_resnet) if any(of_resnet.values()) else given.run,
+        open_encoder(given.run, **of_weights) if any(of_weights.values()) else given.run,
         console,
         given.device,
         data=given.data,
@@ -563,8 +564,7 @@ def _models(args: Sequence[str]) -> int:
     flags = list(args)
     name = flags.pop(0) if flags and not flags[0].startswith("-") else None
     given = tyro.cli(ModelsArguments, prog="mocosfl models [NAME]", args=flags)
-    if given.size < 1:
-        raise SettingError(f"size={given.size}: expected a number of pixels")
+    DataSettings(size=given.size)  # raises what training would
     from mocosfl.footprint.backbones import all_cuts, cuts_of
     from mocosfl.reporting.backbones import overview, table
 

@@ -70,7 +70,7 @@ def evaluate(
 
     Args:
         source: a run folder, a folder that `mocosfl export` has written, one of their files of weights, or an encoder
-            as ``load_encoder``, ``Encoder.from_pretrained`` and ``mocosfl.foreign.load_resnet`` return it; the latter
+            as ``load_encoder``, ``Encoder.from_pretrained`` and ``mocosfl.foreign.load_weights`` return it; the latter
             is put on the device.
         console: where messages go. Unset: nowhere.
         device: as ``train.device``.

@@ -316,8 +316,8 @@ def networks(
     alone = config.clients.batch == 1 and not config.clients.frozen
     if alone and is_foreign(config.model.backbone) and has_batch_norm(encoder.client):
         raise SettingError(
-            f"clients.batch=1: the client half of {config.model.backbone} has BatchNorm, which has nothing to average "
-            "over; use a larger batch"
+            f"clients.batch=1: the client half of {config.model.backbone} has BatchNorm, whose statistics would be "
+            "those of a single image; use a larger batch, or a network with GroupNorm"
         )
     if of_input is not None:
         for buffer, numbers in zip((encoder.mean, encoder.std), of_input, strict=True):

@@ -221,7 +221,7 @@ GROUPS = (
     Group(
         "figure-3",
         "divergence of client halves; what a client computes",
-        "see rows",
+        "divergence, share or ratio, as the setting says",
         tuple(_figure_3()),
         "(a) `divergence` in metrics.jsonl and on the page of `mocosfl report`; how many clients and how often is our "
         "choice. (b) operations as the paper counts them; memory at its peak, PyTorch's tensors.",

@@ -69,15 +69,15 @@ class CompareArguments:
     base: str | None = None
     """Say of each run what it has other than this one. Unset: other than most."""
     mean: bool = False
-    """Make one row of finished runs that differ in the seed alone: mean and standard deviation."""
+    """Make one row of finished runs that differ in the seed alone: mean ± standard deviation; without curves."""
     json: bool = False
     """Print JSON instead of a table."""
     csv: bool = False
     """Print CSV instead of a table."""
     markdown: bool = False
     """Print a table in Markdown instead."""
-    out: Path = Path("compare.png")
-    """Picture to write."""
+    out: Path | None = None
+    """Picture to write. Unset: compare.png, in the folder of the sweep if one is named alone."""
 
 
 def recipes(args: Sequence[str], console: Console) -> int:
@@ -183,7 +183,7 @@ def sweep(args: Sequence[str], console: Console, errors: Console) -> int:
     # what another sweep has just claimed, or what could not be begun, has no settings there yet
     if begun := [path for path in paths if path.parent == folder.failed or (path / "config.yaml").exists()]:
         known = states[first] in (sweeps.State.FINISHED, sweeps.State.BEGUN)
-        console.print(compare.table(compare.rows(begun), first if known else None))
+        console.print(compare.table(compare.rows(begun), first if known else None, console.width))
     return _tell(states, out, given, errors)
 
 
@@ -226,8 +226,14 @@ def compare(args: Sequence[str], console: Console, errors: Console) -> int:
     elif given.markdown:
         print(comparing.markdown(rows, given.base), end="")
     else:
-        console.print(comparing.table(rows, given.base))
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    comparing.draw(rows, given.out)
-    errors.print(f"picture: {given.out}", highlight=False, soft_wrap=True)
+        console.print(comparing.table(rows, given.base, console.width))
+    out = given.out
+    if out is None:
+        folder = given.runs[0]  # of a sweep, unless it is a run
+        out = (
+            Path("compare.png") if len(given.runs) > 1 or (folder / "config.yaml").exists() else folder / "compare.png"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    comparing.draw(rows, out)
+    errors.print(f"picture: {out}", highlight=False, soft_wrap=True)
     return 0

@@ -28,7 +28,7 @@ from mocosfl.models.split import SplitModel, backbone_of, split
 from mocosfl.models.vgg import vgg
 from mocosfl.models.vit import Block, PatchEmbedding
 from mocosfl.privacy.decoder import Decoder
-from mocosfl.reporting.backbones import overview, table
+from mocosfl.reporting.backbones import overview, short, table
 from mocosfl_device.randomness import stream
 
 PUBLISHED = {  # at 224 pixels, less the classifier's 1,000 * (features + 1)
@@ -283,13 +283,56 @@ def test_models_prints_and_writes_what_is_counted(tmp_path: Path, capsys: pytest
     assert first["client_parameters"] == sum(p.numel() for p in parameters(model.client))
     assert first["server_parameters"] == sum(p.numel() for p in parameters(model.server))
     assert first["client_macs"] == 32 * 32 * 27 * 8 + 8 * 8 * 72 * 4
-    assert f"{first['server_parameters']:,}" in printed
+    assert short(first["server_parameters"]) in printed
     assert "4x8x8" in printed
 
     assert main(["models", "vit_tiny", "--bottleneck", "C4S2"]) == 1
     assert main(["models", "resnet"]) == 1
     assert main(["models", "--stem", "64"]) == 1
     assert "expected resnet18" in capsys.readouterr().err
+    for size, limit in (("3", "greater than or equal to 4"), ("600", "less than or equal to 512")):
+        assert main(["models", "--size", size]) == 1
+        assert capsys.readouterr().err == f"error: data.size={size}: input should be {limit}\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1 k"),
+        (1856, "1.86 k"),
+        (42_490_624, "42.5 M"),
+        (999_499, "999 k"),
+        (999_999, "1 M"),
+        (262_144_000_000, "262 G"),
+        (5_000_000_000_000, "5 T"),
+    ],
+)
+def test_numbers_in_three_digits(number: int, text: str) -> None:
+    assert short(number) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("resnet152", 512), ("vgg13", 512), ("mobilenetv2", 512), ("vit_small", 224)],
+)
+def test_tables_fit_narrow_terminals(name: str, size: int) -> None:
+    """No figure is cut off, folded or left out."""
+    found = cuts_of(ModelSettings(backbone=name), 3, size)
+    console = Console(width=60, file=io.StringIO())
+    console.print(table(found))
+    console.print(overview([found]))
+    printed = console.file.getvalue()
+    assert "…" not in printed
+    lines = [line.split() for line in printed.splitlines()]
+    for cut in found.cuts:
+        counts = (cut.client_parameters, cut.server_parameters, 2 * cut.client_macs, 2 * cut.server_macs)
+        figures = " ".join(map(short, counts)).split()
+        latent = "x".join(map(str, cut.latent_shape))
+        assert [str(cut.cut), cut.after, *figures, latent, *short(4 * cut.numbers).split()] in lines
+    assert lines[-1][0] == name
+    assert lines[-1][-1] == latent
 
 
 @pytest.mark.soak

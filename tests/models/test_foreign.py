@@ -360,6 +360,78 @@ def test_what_cannot_be_cut_is_refused(name: str, words: str) -> None:
         build(ModelSettings(backbone=f"python:own_networks:{name}", cut="0"), 3, 8, 0)
 
 
+FAULTY = """
+import torch
+from torch import nn
+
+def no_size(channels):
+    return nn.Conv2d(channels, 4, 3)
+
+def fails(channels, size):
+    return {}["layers"]
+
+class Two(nn.Module):
+    def forward(self, x):
+        return x.view(2, *x.shape[1:])
+
+def two(channels, size):
+    return nn.Sequential(Two())
+
+class Reads(nn.Module):
+    def forward(self, x):
+        return x * float(x.new_ones(1).sum())
+
+def reads(channels, size):
+    return nn.Sequential(nn.Conv2d(channels, 4, 3), Reads())
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "words", "kind"),
+    [
+        ("faulty_networks:no_size", r"no_size\(3, 8\), called with .*: TypeError: no_size\(\) takes 1", TypeError),
+        ("faulty_networks:fails", r"fails\(3, 8\), called with .*: KeyError: 'layers'", KeyError),
+        ("faulty_networks:two", "cannot be run on another number of images of 3x8x8: RuntimeError: ", RuntimeError),
+        ("faulty_networks:reads", r"tensors without numbers \(device meta\): \w+Error: ", Exception),
+        (
+            "no_python:net",
+            r"net of the module no_python cannot be had: SyntaxError: .*no_python\.py, line 1",
+            SyntaxError,
+        ),
+        ("divides:net", "net of the module divides cannot be had: ZeroDivisionError: ", ZeroDivisionError),
+        ("ends:net", "net of the module ends cannot be had: SystemExit: 3", SystemExit),
+        ("nowhere_at_all:net", "ModuleNotFoundError: No module named 'nowhere_at_all'", ModuleNotFoundError),
+    ],
+)
+def test_whatever_code_of_the_user_raises_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, words: str, kind: type[BaseException]
+) -> None:
+    monkeypatch.setenv(trust.VARIABLE, function)
+    monkeypatch.syspath_prepend(tmp_path)
+    texts = {"faulty_networks": FAULTY, "no_python": "def :", "divides": "1 / 0", "ends": "raise SystemExit(3)"}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(SettingError, match=f"^model.backbone=python:{function}: .*{words}") as caught:
+        build(ModelSettings(backbone=f"python:{function}", cut="0"), 3, 8, 0)
+    assert isinstance(caught.value.__cause__, kind)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "words"),
+    [
+        ("{bad", "^model.architecture={bad: is no JSON: "),
+        ("[1]", r"^model.architecture=\[1\]: expected the configuration of a model of transformers"),
+        ('{"model_type": ["vit"]}', "^model.architecture=.*: expected the configuration .*, with its model_type"),
+        ('{"model_type": "vit", "hidden_size": "many"}', r"^model.backbone=hf:somewhere: it cannot be built: \w+: "),
+        ('{"model_type": "vit", "hidden_act": "none"}', "^model.backbone=hf:somewhere: it cannot be built: KeyError: "),
+    ],
+)
+def test_configurations_of_which_nothing_can_be_built(architecture: str, words: str) -> None:
+    with pytest.raises(SettingError, match=words):
+        build(ModelSettings(backbone="hf:somewhere", architecture=architecture, cut="embeddings"), 3, 8, 0)
+
+
 @pytest.mark.usefixtures("trusted")
 def test_a_layer_without_weights_may_have_two_names() -> None:
     assert build(ModelSettings(backbone="python:own_networks:tied_nothing", cut="0"), 3, 8, 0).features == 4

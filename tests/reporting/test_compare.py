@@ -147,16 +147,49 @@ def test_means_over_seeds(tmp_path: Path) -> None:
     assert first.figures["knn"] == pytest.approx(52.0)
     assert first.spread["knn"] == pytest.approx(statistics.stdev(knns))
     text = compare.markdown([first, other])
-    assert "| a0 |  | 3 | 52.00 ± 2.65 | 60.00 ± 0.00 |" in text
+    assert "| a |  | 3 | 52.00 ± 2.65 | 60.00 ± 0.00 |" in text
     assert "| b | sync.every=3 | 1 | 40.00 | 60.00 |" in text
     assert "seed" not in text
 
     lines = {line["run"]: line for line in csv.DictReader(io.StringIO(compare.as_csv([first, other])))}
-    assert (lines["a0"]["runs"], lines["b"]["runs"]) == ("3", "1")
-    assert float(lines["a0"]["knn"]) == pytest.approx(52.0)
-    assert float(lines["a0"]["knn_std"]) == pytest.approx(statistics.stdev(knns))
+    assert (lines["a"]["runs"], lines["b"]["runs"]) == ("3", "1")
+    assert float(lines["a"]["knn"]) == pytest.approx(52.0)
+    assert float(lines["a"]["knn_std"]) == pytest.approx(statistics.stdev(knns))
     assert (lines["b"]["knn"], lines["b"]["knn_std"]) == ("40.0", "")
     assert "knn_std" not in compare.as_csv([other])
+
+    assert compare.reference([first, other], ["sync.every"], "a2") == {"sync.every": 50}  # by any of the seeds' names
+    with pytest.raises(SettingError, match=r"base=a3: did you mean a"):
+        compare.reference([first, other], ["sync.every"], "a3")
+    compare.draw([first, other], tmp_path / "means.png")
+
+
+@pytest.mark.parametrize(
+    ("names", "shared"),
+    [
+        (["base-seed=0", "base-seed=1"], "base"),
+        (["base", "base-seed-1", "base-seed-2"], "base"),
+        (["x10", "x11"], "x1"),
+        (["one", "other"], "o"),
+        (["a", "b"], "a"),
+    ],
+)
+def test_the_name_of_a_mean_is_what_names_share(names: list[str], shared: str, tmp_path: Path) -> None:
+    paths = [hand_made(tmp_path / name, 50.0, 60.0, seed=seed) for seed, name in enumerate(names)]
+    assert [row.name for row in compare.averaged(compare.rows(paths))] == [shared]
+
+
+def test_a_narrow_table_has_all_figures(runs: Path) -> None:
+    """Settings move below them."""
+    rows = compare.rows([runs])
+    for width in (60, 80, 200):
+        console = Console(width=width, record=True, file=io.StringIO())
+        console.print(compare.table(rows, width=width))
+        printed = console.export_text()
+        for title in ("kNN, %", "probe, %", "loss", "images", "time", "bytes"):
+            assert title in printed or width < 80, (width, title)
+        assert ("run-9: sync.every=3\n" in printed) == (width < 200)
+        assert "Where nothing else is said" in printed
 
 
 def test_a_mean_is_of_all_runs_or_of_none(tmp_path: Path) -> None:
@@ -179,6 +212,8 @@ def test_the_command(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     both = [str(runs / "run-9"), str(runs / "run-10"), "--base", "run-10"]
     assert main(["compare", *both, "--out", str(picture), "--markdown"]) == 0
     assert "| run-9 | seed=0, sync.every=3 |" in capsys.readouterr().out
+    assert main(["compare", str(runs), "--json"]) == 0
+    assert (runs / "compare.png").exists()
     assert main(["compare", str(runs), "--json", "--csv"]) == 2
     assert main(["compare"]) == 2
     assert main(["compare", str(tmp_path / "nowhere")]) == 1

@@ -7,12 +7,14 @@ smallest ones are taken for which that holds: a residual block is one, because i
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,25 @@ def _ending(settings: ModelSettings, network: nn.Module, shape: tuple[int, ...])
     return {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()} if len(shape) == 3 else {}
 
 
+@contextmanager
+def told(what: str, cannot: str) -> Iterator[None]:
+    """Make of whatever code from elsewhere raises one error that names the setting.
+
+    Args:
+        what: the setting and its value.
+        cannot: what cannot be done, such as ``it cannot be built``.
+
+    Raises:
+        SettingError: with the type and the text of the error.
+    """
+    try:
+        yield
+    except SettingError:
+        raise
+    except (Exception, SystemExit) as error:  # a module may end as a script does
+        raise SettingError(f"{what}: {cannot}: {type(error).__name__}: {error}") from error
+
+
 # Hugging Face
 
 
@@ -117,6 +138,20 @@ def _architecture(settings: ModelSettings) -> dict[str, Any]:
         raise SettingError(f"{what}: its config.json cannot be read: {error}") from error
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise SettingError(f"{what}: its config.json is not of a model of transformers: it names no model_type")
+    return _cleaned(values)
+
+
+def _parsed(architecture: str) -> dict[str, Any]:
+    """The configuration that ``model.architecture`` holds."""
+    try:
+        values = json.loads(architecture)
+    except ValueError as error:
+        raise SettingError(f"model.architecture={architecture[:40]}: is no JSON: {error}") from error
+    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+        raise SettingError(
+            f"model.architecture={architecture[:40]}: expected the configuration of a model of transformers as JSON, "
+            "with its model_type"
+        )
     return _cleaned(values)
 
 
@@ -155,7 +190,7 @@ def _of_hub(settings: ModelSettings, channels: int, size: int, pretrained: bool)
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    values = _cleaned(json.loads(settings.architecture)) if settings.architecture else _architecture(settings)
+    values = _architecture(settings) if settings.architecture is None else _parsed(settings.architecture)
     _check_contained(values, what)  # before anything is made of it: some classes ask the hub as they are made
     kind = values.pop("model_type", None)
     if kind not in CONFIG_MAPPING:
@@ -163,7 +198,8 @@ def _of_hub(settings: ModelSettings, channels: int, size: int, pretrained: bool)
             f"{what}: transformers {transformers.__version__} has no models of type {kind}; code that comes "
             "with a model is not run"
         )
-    try:
+    hint = "; its weights may be for images of another size: set data.size" if pretrained else ""
+    with told(what, f"it cannot be built{hint}"):
         config = CONFIG_MAPPING[kind].from_dict(values)
         _check_contained(config.to_dict(), what)  # what is left out may be timm's by default
         for name, value in (("num_channels", channels), ("image_size", size)):
@@ -175,11 +211,6 @@ def _of_hub(settings: ModelSettings, channels: int, size: int, pretrained: bool)
         network, info = transformers.AutoModel.from_pretrained(
             source, config=config, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
-    except SettingError:
-        raise
-    except Exception as error:  # whatever a model of transformers raises
-        hint = "; its weights may be for images of another size: set data.size" if pretrained else ""
-        raise SettingError(f"{what}: cannot be built: {type(error).__name__}: {error}{hint}") from error
     return network.float(), set(info["missing_keys"])
 
 
@@ -193,11 +224,10 @@ def _of_function(backbone: str, channels: int, size: int) -> nn.Module:
     module, _, name = place.partition(":")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # as python -m does
-    try:
+    with told(what, f"{name} of the module {module} cannot be had"):
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise SettingError(f"{what}: {error}") from error
-    network = function(channels, size)
+    with told(what, f"{name}({channels}, {size}), called with the channels and the size of the images, has failed"):
+        network = function(channels, size)
     if not isinstance(network, nn.Module):
         raise SettingError(f"{what}: the function made no torch.nn.Module but {type(network).__name__}")
     return network
@@ -330,11 +360,8 @@ def _pieces(network: nn.Module, channels: int, size: int, what: str) -> tuple[li
     images = torch.randn(2, channels, size, size)
     watch = _Watch(network)
     try:
-        output = _first(network(images))
-    except Exception as error:  # whatever a network raises
-        raise SettingError(
-            f"{what}: it cannot be run on images of {channels}x{size}x{size}: {type(error).__name__}: {error}"
-        ) from error
+        with told(what, f"it cannot be run on images of {channels}x{size}x{size}"):
+            output = _first(network(images))
     finally:
         watch.stop()
     start = _key(images)
@@ -349,12 +376,16 @@ def _pieces(network: nn.Module, channels: int, size: int, what: str) -> tuple[li
         raise SettingError(f"{what}: its output has the shape {shape} for an image, of which features cannot be made")
     _check_unshared(pieces, what)
     again = torch.randn(3, channels, size, size)
-    expected, found = _first(network(again)), again
-    for piece in pieces:
-        found = piece.module(found)
-    if expected is None or not torch.allclose(found, expected, rtol=1e-4, atol=1e-5):
+    with told(what, f"it cannot be run on another number of images of {channels}x{size}x{size}"):
+        expected, found = _first(network(again)), again
+        for piece in pieces:
+            found = piece.module(found)
+        same = expected is not None and torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    if not same:
         raise SettingError(f"{what}: its layers one after another compute something else than the network")
     network.train()
+    with told(what, "shapes cannot be found: it cannot be run on tensors without numbers (device meta)"):
+        nn.Sequential(*(copy.deepcopy(piece.module).to("meta") for piece in pieces))(images.to("meta"))
     return pieces, shape
 
 

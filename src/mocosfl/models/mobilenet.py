@@ -53,25 +53,25 @@ def mobilenetv2(width: int, inputs: int, stem: Stem, cut: int, client_norm: Norm
         client_norm: norm of the pieces before the cut.
         server_norm: norm of the pieces after it.
     """
-    channels, done = _scaled(STEM, width), 1
+    channels, done = scaled(STEM, width), 1
     first = nn.Sequential(ConvNorm(inputs, channels, 3, 1 if stem == "32" else 2, client_norm), nn.ReLU6(inplace=True))
     pieces = [Piece("stem", first, 1, channels)]
     for stage, (expansion, planes, depth, stride) in enumerate(BLOCKS):
         for index in range(depth):
             halves = index == 0 and stride == 2 and (stage > 1 or stem == "224")
-            outputs = _scaled(planes, width)
+            outputs = scaled(planes, width)
             norm = client_norm if done < cut else server_norm
             block = InvertedResidual(channels, outputs, 2 if halves else 1, expansion, norm)
             channels, convolutions = outputs, 3 if expansion > 1 else 2
             done += convolutions
             pieces.append(Piece(f"stage{stage + 1}.{index}", block, convolutions, channels))
-    last = max(LAST, _scaled(LAST, width))
+    last = max(LAST, scaled(LAST, width))
     norm = client_norm if done < cut else server_norm
     end = nn.Sequential(ConvNorm(channels, last, 1, 1, norm), nn.ReLU6(inplace=True))
     return [*pieces, Piece("last", end, 1, last)]
 
 
-def _scaled(channels: int, width: int) -> int:
+def scaled(channels: int, width: int) -> int:
     """Channels of a narrower or wider network: the nearest multiple of 8 that does not take away more than a tenth."""
     wanted = channels * width / WIDTH
     rounded = max(8, int(wanted + 4) // 8 * 8)

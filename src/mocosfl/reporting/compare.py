@@ -16,7 +16,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from rich import box
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from mocosfl.config import Config, by_name, setting_names, value_text
 from mocosfl.errors import RunError, SettingError, nearest
@@ -41,6 +43,7 @@ class Row:
         spread: standard deviation of the figures, of several runs.
         curves: what was logged, by metric.
         runs: how many.
+        members: the names of several runs.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Row:
     spread: Mapping[str, float] = field(default_factory=dict)
     curves: Mapping[str, Series] = field(default_factory=dict)
     runs: int = 1
+    members: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ def _figures(found: Contents) -> dict[str, float]:
         figures |= {name: found.evaluation.get(name) for name in ("knn", "linear_probe", "knn_untrained")}
     figures["loss"] = found.metrics.last("loss")
     if found.images is not None and found.metrics.step:
-        figures["images"] = found.metrics.epoch * found.images
+        figures["images"] = round(found.metrics.epoch * found.images)
     result = {} if isinstance(found.result, Missing) else found.result
     figures["seconds"] = result.get("training_seconds", found.metrics.seconds or None)
     if not isinstance(found.counted, Missing):
@@ -164,7 +168,7 @@ def reference(rows: Sequence[Row], names: Sequence[str], base: str | None = None
         SettingError: there is no such run, or its settings are not known.
     """
     if base is not None:
-        row = next((row for row in rows if row.name == base and row.settings), None)
+        row = next((row for row in rows if base in (row.name, *row.members) and row.settings), None)
         if row is None:
             known = [row.name for row in rows if row.settings]
             raise SettingError(f"base={base}: {nearest(base, known) or 'the runs are ' + ', '.join(known)}")
@@ -211,7 +215,23 @@ def _mean(group: Sequence[Row]) -> Row:
     spread = {name: statistics.stdev(values) for name, values in figures.items()}
     means = {name: statistics.fmean(values) for name, values in figures.items()}
     settings = {name: value for name, value in group[0].settings.items() if name != "seed"} | {"seed": None}
-    return replace(group[0], settings=settings, figures=means, spread=spread, runs=len(group))
+    members = tuple(row.name for row in group)
+    return replace(
+        group[0],
+        name=_shared_name(members),
+        settings=settings,
+        figures=means,
+        spread=spread,
+        runs=len(group),
+        members=members,
+    )
+
+
+def _shared_name(names: Sequence[str]) -> str:
+    """What the names of runs that differ in the seed have in common: base of base-seed=0 and base-seed=1."""
+    length = next((n for n, letters in enumerate(zip(*names, strict=False)) if len(set(letters)) > 1), len(min(names)))
+    shared = min(names)[:length]
+    return re.sub(r"[-_=. ]*(seed)?[-_=. ]*$", "", shared) or names[0]
 
 
 def ordered(rows: Sequence[Row], by: str) -> list[Row]:
@@ -274,10 +294,22 @@ def _figure(row: Row, name: str) -> str:
     return text if spread is None or not COLUMNS[name].largest_first else f"{text} ± {COLUMNS[name].text(spread)}"
 
 
-def table(rows: Sequence[Row], base: str | None = None) -> Table:
-    """For a terminal; ``base`` as of ``reference``."""
+def table(rows: Sequence[Row], base: str | None = None, width: int | None = None) -> RenderableType:
+    """For a terminal.
+
+    Args:
+        rows: the runs.
+        base: as of ``reference``.
+        width: of the terminal, in characters. Where the settings do not fit beside the figures they stand below.
+    """
     titles, lines, note = _cells(rows, base)
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption=note, caption_justify="left")
+    needed = sum(max(map(len, column)) + 1 for column in zip(titles, *lines, strict=True) if column[0] != "settings")
+    below = []
+    if width is not None and "settings" in titles and needed + 24 > width:
+        place = titles.index("settings")
+        below = [f"{line[0]}: {line[place]}" for line in lines if line[place]]
+        titles, lines = titles[:place] + titles[place + 1 :], [line[:place] + line[place + 1 :] for line in lines]
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for title in titles:
         words = title in ("run", "settings", "state")
         widest = max((len(word) for line in lines for word in line[titles.index(title)].split()), default=0)
@@ -290,7 +322,7 @@ def table(rows: Sequence[Row], base: str | None = None) -> Table:
         )
     for line in lines:
         made.add_row(*(cell.replace("[", r"\[") for cell in line))
-    return made
+    return Group(made, *map(Text, below), *([Text(f"\n{note}" if below else note, style="italic")] if note else []))
 
 
 def markdown(rows: Sequence[Row], base: str | None = None) -> str:
@@ -346,26 +378,34 @@ COLOURS = 10
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Accuracies of the runs, and the curves of loss and kNN, each run in its colour.
 
+    Losses are drawn of one objective alone, that of most runs. Means over seeds have no curves.
+
     Args:
         rows: those without any figure are left out.
         path: PNG to write.
     """
     rows = [row for row in rows if row.figures]
     looks = {id(row): (f"C{n % COLOURS}", STYLES[n // COLOURS % len(STYLES)]) for n, row in enumerate(rows)}
-    curves = [(name, label) for name, label in (("loss", "loss"), ("knn_held_out", "kNN of held-out images, %"))]
-    curves = [(name, label) for name, label in curves if any(len(row.curves.get(name, ())) > 2 for row in rows)]
-    figure = Figure(figsize=(5 + 4 * len(curves), max(3.2, 1.2 + 0.24 * len(rows))), layout="constrained", dpi=120)
-    panels = figure.subplots(1, 1 + len(curves), squeeze=False, width_ratios=[1.25, *[1] * len(curves)])[0]
-    _draw_accuracies(panels[0], rows, looks)
-    for axes, (name, label) in zip(panels[1:], curves, strict=True):
-        for row in rows:
+    single = [row for row in rows if row.runs == 1]
+    objectives = Counter(row.settings.get("contrast.objective") for row in single if len(row.curves.get("loss", ())))
+    objective = objectives.most_common(1)[0][0] if objectives else None
+    alike = [row for row in single if row.settings.get("contrast.objective") == objective]
+    label = "loss" if len(objectives) < 2 else f"loss of {objective}"
+    panels = [("loss", label, alike), ("knn_held_out", "kNN of held-out images, %", single)]
+    panels = [(name, label, some) for name, label, some in panels if any(len(row.curves.get(name, ())) for row in some)]
+    figure = Figure(figsize=(5 + 4 * len(panels), max(3.2, 1.2 + 0.24 * len(rows))), layout="constrained", dpi=120)
+    places = figure.subplots(1, 1 + len(panels), squeeze=False, width_ratios=[1.25, *[1] * len(panels)])[0]
+    _draw_accuracies(places[0], rows, looks)
+    for axes, (name, label, some) in zip(places[1:], panels, strict=True):
+        for row in some:
             series = row.curves.get(name)
-            if series is None or len(series) < 3:
+            if series is None or not len(series):
                 continue
             values = series.values.tolist()
             smooth = running_mean(values) if name == "loss" else values
             colour, style = looks[id(row)]
-            axes.plot(series.epochs, smooth, color=colour, linestyle=style, linewidth=1.2)
+            marker = "o" if len(values) < 3 else None
+            axes.plot(series.epochs, smooth, color=colour, linestyle=style, linewidth=1.2, marker=marker, markersize=3)
         axes.set_xlim(left=0)
         axes.set_xlabel("epoch")
         axes.set_title(label, fontsize=9)
@@ -397,7 +437,8 @@ def _draw_accuracies(axes: Any, rows: Sequence[Row], looks: Mapping[int, tuple[s
     for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
         tick.set_color(looks[id(row)][0])
     axes.set_ylim(max(1, len(rows)) - 0.5, -0.5)
-    axes.set_title("accuracy on test images, %", fontsize=9)
+    bars = "; bars: standard deviation over seeds" if any(row.spread for row in rows) else ""
+    axes.set_title(f"accuracy on test images, %{bars}", fontsize=9)
     axes.grid(axis="x", alpha=0.25)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)

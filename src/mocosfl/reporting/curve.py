@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from mocosfl.files import write_atomically
 
 PANELS = (
-    ("loss", "InfoNCE loss", 1),
+    ("loss", "loss", 1),
     ("contrast_accuracy", "contrast accuracy, %", 100),
     ("knn_held_out", "kNN, %", 1),
 )
@@ -42,7 +42,7 @@ def draw_curve(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> Non
             axes.set_title("held-out images, training images as bank", fontsize=8)
         else:
             axes.plot(epochs, values, color="C0", alpha=0.3, linewidth=0.8)
-            axes.plot(epochs, running_mean(values), color="C0")
+            axes.plot(epochs, running_mean(values), color="C0", marker="o" if len(values) < 3 else None, markersize=3)
         axes.margins(y=0.15)
         axes.set_xlim(left=0)
         axes.set_xlabel("epoch")

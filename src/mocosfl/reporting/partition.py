@@ -154,7 +154,7 @@ def _draw_heat_map(axes: Axes, cells: np.ndarray, edges: np.ndarray, class_names
     axes.figure.colorbar(
         mesh,
         ax=axes,
-        label="images of a class" if widths[0] == 1 else "average images of a class",
+        label=f"{'images' if widths[0] == 1 else 'average images'} of a class; white: none",
         pad=0.01,
         aspect=np.clip(classes / 2, 20, 50),
         format="{x:,g}",
