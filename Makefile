@@ -15,7 +15,7 @@ test: $(STAMP)  ## all tests: those that compute, and beside them those whose pr
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target --keep-going test-computing test-waiting
 
 test-computing:
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(WAITING:%=--ignore=%)
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile $(WAITING:%=--ignore=%)
 
 test-waiting:
 	$(BIN)/python -m pytest $(WAITING)
@@ -38,7 +38,7 @@ wheels: $(STAMP)  ## wheel and sdist of mocosfl-client and mocosfl, in dist
 
 $(STAMP): pyproject.toml device/pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ./device --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./device --editable '.[dev]'
 	@touch $@
 
 bench: $(STAMP)  ## all benchmarks, about 40 minutes on 2 cores; results in benchmarks/results

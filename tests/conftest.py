@@ -16,20 +16,8 @@ from torch import Tensor
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-SLOW = (
-    "test_docs.py",
-    "test_distributed.py",
-    "test_experiment.py",
-    "test_cli.py",
-    "test_recipes.py",
-    "test_taressfl.py",
-)
-"""Files that take longest. They come first, so that no worker is left with one of them in the end."""
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out what takes long, and begin with the slow files."""
-    items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
+    """Leave out what takes long."""
     for item in items:
         if item.get_closest_marker("soak") and not os.environ.get("MOCOSFL_SOAK"):
             item.add_marker(pytest.mark.skip(reason="takes long: make soak"))

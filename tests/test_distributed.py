@@ -170,6 +170,7 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
     assert again.stderr.count("already holds a run") == 1
 
 
+@pytest.mark.soak
 def test_a_process_that_dies_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
     run = tmp_path / "run"
     changes = [*TINY, "--train.epochs", "400"]

@@ -48,6 +48,7 @@ def test_attacks_invert_an_undefended_stem(photos):
     assert min(found.values()) > 0.8, found
 
 
+@pytest.mark.soak
 def test_attacks_find_nothing_where_there_is_nothing(photos):
     images = photos(COUNT, SIZE, seed=1)
     gallery = torch.cat([images, photos(60, SIZE, seed=2)])

@@ -19,6 +19,7 @@ from tiny import digits
 PATIENCE = 240
 
 
+@pytest.mark.soak
 def test_a_node_that_is_killed_does_not_end_the_run(flower: Callable[..., Any], tmp_path: Path) -> None:
     """Three SuperNodes with images of their own; one is killed while it computes the second chunk."""
     mocosfl.train(digits(**{"train.epochs": 0.02}), tmp_path / "half")
