@@ -16,6 +16,7 @@ LONGER = {"model.width": 16, "clients.batch": 8, "train.epochs": 2, "train.log_e
 """108 steps: a few seconds."""
 
 
+@pytest.mark.soak
 def test_the_dashboard_shows_who_is_connected(start: Commands, data: Callable[..., Path], tmp_path: Path) -> None:
     """Also while the server waits; afterwards the report tells the bytes that were measured."""
     server = start.serve(digits(**LONGER), "--dashboard", 0)

@@ -342,6 +342,7 @@ def test_a_server_killed_in_a_step_and_in_a_checkpoint_goes_on(
     assert_ended(members, run, round(epochs * (3 * 431 / 12)))
 
 
+@pytest.mark.soak
 def test_a_full_disk_ends_the_server_with_a_clear_error(
     start: Commands, crew: Callable[..., list[Member]], tmp_path: Path
 ) -> None:
