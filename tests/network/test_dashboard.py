@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from peers import Commands, eventually
 
 from mocosfl.reporting.report import Reader
